@@ -1,0 +1,74 @@
+"""The Whisper language model (a decoder-only text model, not the speech model) as a plugin for transformers.
+
+Importing this package registers the model with transformers' Auto classes and the `masked_sparse` attention with its
+attention interfaces.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .model.attention import masked_sparse_attention_forward
+from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
+from .model.modeling_whisper_lm import (
+    WhisperLMForCausalLM,
+    WhisperLMForSequenceClassification,
+    WhisperLMForTokenClassification,
+    WhisperLMModel,
+    WhisperLMPreTrainedModel,
+)
+
+if TYPE_CHECKING:
+    from .conversion import convert_checkpoint, from_dense, to_dense
+
+__version__ = "0.1.0"
+
+_LAZY = ("convert_checkpoint", "from_dense", "to_dense")  # `python -m whisper_hf.conversion` must be the first to import it
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from . import conversion
+
+        return getattr(conversion, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _register() -> None:
+    """Make the classes known to the Auto classes, and mark them to be saved with their code."""
+    AutoConfig.register(WhisperLMConfig.model_type, WhisperLMConfig, exist_ok=True)
+    WhisperLMConfig.register_for_auto_class()
+    for auto_class, model_class in (
+        (AutoModel, WhisperLMModel),
+        (AutoModelForCausalLM, WhisperLMForCausalLM),
+        (AutoModelForSequenceClassification, WhisperLMForSequenceClassification),
+        (AutoModelForTokenClassification, WhisperLMForTokenClassification),
+    ):
+        auto_class.register(WhisperLMConfig, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_class.__name__)
+    # the Trainer's label smoother shifts labels only for the class names in this table
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[WhisperLMConfig.model_type] = WhisperLMForCausalLM.__name__
+
+
+_register()
+
+__all__ = [
+    "SparseAttentionConfig",
+    "WhisperLMConfig",
+    "WhisperLMForCausalLM",
+    "WhisperLMForSequenceClassification",
+    "WhisperLMForTokenClassification",
+    "WhisperLMModel",
+    "WhisperLMPreTrainedModel",
+    "convert_checkpoint",
+    "from_dense",
+    "masked_sparse_attention_forward",
+    "to_dense",
+]

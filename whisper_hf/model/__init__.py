@@ -1,0 +1,1 @@
+"""The files that travel with a checkpoint: flat siblings that import one another by one-level relative imports only."""

@@ -1,0 +1,234 @@
+# Copyright 2026 The whisper_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of the Whisper language model (a decoder-only text model, not the speech model `whisper`)."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+FULL_ATTENTION = "full_attention"
+MASKED_SPARSE_ATTENTION = "masked_sparse_attention"
+LAYER_TYPES = (FULL_ATTENTION, MASKED_SPARSE_ATTENTION)
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """What each token may attend to, in blocks of `block_size` consecutive tokens of its own document.
+
+    A query in block `c` sees the first `sink_blocks` blocks, the `local_blocks` blocks that end with `c`, and the
+    `topk_blocks` blocks among the remaining past ones whose mean key fits it best. Sequences of at most
+    `budget_blocks * block_size` tokens are attended densely.
+
+    Args:
+        block_size (`int`, defaults to 64): tokens per block; a power of two, at least 16.
+        topk_blocks (`int`, defaults to 16): blocks chosen by score, per token and key-value head; at least 0.
+        local_blocks (`int`, defaults to 8): most recent blocks, the query's own included; at least 1.
+        sink_blocks (`int`, defaults to 1): first blocks of the document; at least 0.
+
+    Raises:
+        ValueError: a value outside its range, or (`from_value`) an unknown name.
+    """
+
+    block_size: int = 64
+    topk_blocks: int = 16
+    local_blocks: int = 8
+    sink_blocks: int = 1
+
+    MINIMUM: ClassVar[dict[str, int]] = {"block_size": 16, "topk_blocks": 0, "local_blocks": 1, "sink_blocks": 0}
+
+    def __post_init__(self) -> None:
+        for name, minimum in self.MINIMUM.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ValueError(
+                    f"sparse_attention.{name} must be an integer of at least {minimum}, got {value!r}; "
+                    f"the default is {type(self).__dataclass_fields__[name].default}"
+                )
+        if self.block_size & (self.block_size - 1):
+            lower = 1 << (self.block_size.bit_length() - 1)
+            raise ValueError(
+                f"sparse_attention.block_size must be a power of two, got {self.block_size}; "
+                f"the nearest are {lower} and {2 * lower}"
+            )
+
+    @property
+    def budget_blocks(self) -> int:
+        """Largest number of blocks that one query attends to."""
+        return self.sink_blocks + self.local_blocks + self.topk_blocks
+
+    def covers(self, length: int) -> bool:
+        """Whether every query of a sequence of `length` tokens sees all of its past (dense causal attention)."""
+        return length <= self.budget_blocks * self.block_size
+
+    @classmethod
+    def from_value(cls, value: Any) -> "SparseAttentionConfig":
+        """Build from `None` (the defaults), a dict of fields, or a `SparseAttentionConfig`.
+
+        Raises:
+            ValueError: `value` is none of these, or names a field that does not exist.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if hasattr(value, "__dataclass_fields__"):  # the same class, loaded a second time as remote code
+            value = asdict(value)
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"sparse_attention must be a dict or a SparseAttentionConfig, got {type(value).__name__}: {value!r}"
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise ValueError(f"sparse_attention has no field {', '.join(map(repr, unknown))}; the fields are {known}")
+        return cls(**value)
+
+
+@strict
+class WhisperLMConfig(PreTrainedConfig):
+    r"""Configuration of [`WhisperLMModel`] and its heads; the defaults are those of SmolLM2-135M.
+
+    With the bias and norm switches it describes the Llama, Mistral, Qwen2, Qwen3 and SmolLM families exactly.
+
+    Args:
+        vocab_size (`int`): number of token ids.
+        hidden_size (`int`): width of the residual stream.
+        intermediate_size (`int`): width inside the gated MLP.
+        num_hidden_layers (`int`): number of decoder layers.
+        num_attention_heads (`int`): number of query heads.
+        num_key_value_heads (`int`, *optional*): number of key and value heads; must divide `num_attention_heads`,
+            which is also the default.
+        head_dim (`int`, *optional*): size of one head, even; `hidden_size // num_attention_heads` by default.
+        hidden_act (`str`): activation of the MLP's gate.
+        max_position_embeddings (`int`): longest sequence, in tokens.
+        initializer_range (`float`): standard deviation of freshly initialised weights.
+        rms_norm_eps (`float`): added to the mean square in RMSNorm.
+        use_cache (`bool`): return a key-value cache.
+        tie_word_embeddings (`bool`): the output head is the embedding matrix.
+        rope_parameters (`dict`, *optional*): RoPE of any type that transformers knows, with `rope_type` and `rope_theta`.
+        attention_bias (`bool`): biases on the query, key and value projections.
+        attention_out_bias (`bool`, *optional*): bias on the output projection; `attention_bias` by default.
+        mlp_bias (`bool`): biases in the MLP.
+        use_qk_norm (`bool`): RMSNorm over each query and key head, before RoPE.
+        attention_dropout (`float`): dropout on attention weights in training; only `eager` and `sdpa` can apply it.
+        sparse_attention (`SparseAttentionConfig` or `dict`, *optional*): see [`SparseAttentionConfig`].
+        layer_types (`list[str]`, *optional*): `"masked_sparse_attention"` (the default) or `"full_attention"`, per layer.
+        converted_from (`str`, *optional*): `model_type` of the dense family this checkpoint was converted from.
+
+    Raises:
+        ValueError: a value that cannot work, with the field, the value and the remedy.
+    """
+
+    model_type = "whisper_lm"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the idiom of transformers)
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int | None = 3
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    attention_dropout: float | int = 0.0
+    sparse_attention: SparseAttentionConfig | dict | None = None
+    layer_types: list[str] | None = None
+    converted_from: str | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.layer_types is None:
+            self.layer_types = [MASKED_SPARSE_ATTENTION] * self.num_hidden_layers
+        self.sparse_attention = SparseAttentionConfig.from_value(self.sparse_attention)
+        # `strict` wraps what its validators raise in an error that is no ValueError, so they also run here, unwrapped
+        self.validate_architecture()
+        self.validate_layer_type()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check that the sizes fit together."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if kv_heads < 1 or heads % kv_heads:
+            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads ({heads}), got {kv_heads}; use one of {divisors}"
+            )
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads, got {heads}; "
+                "change one of them or set head_dim"
+            )
+        head_dim = self.hidden_size // heads if self.head_dim is None else self.head_dim
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be even (RoPE rotates pairs) and at least 2, got {head_dim}")
+
+    def validate_layer_type(self) -> None:
+        """Check `layer_types`: one known name per layer."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types holds {', '.join(map(repr, unknown))}; the types are {list(LAYER_TYPES)}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must name one type per layer (num_hidden_layers={self.num_hidden_layers}), "
+                f"got {len(self.layer_types)} names; leave it out to make every layer sparse"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, ready for JSON."""
+        output = super().to_dict()
+        output["sparse_attention"] = asdict(SparseAttentionConfig.from_value(self.sparse_attention))
+        return output
+
+
+__all__ = ["SparseAttentionConfig", "WhisperLMConfig"]

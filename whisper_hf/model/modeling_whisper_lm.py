@@ -1,0 +1,489 @@
+# Copyright 2026 The whisper_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Whisper language model: a decoder-only transformer with masked sparse self-attention.
+
+Pre-norm RMSNorm, RoPE, grouped-query attention and a gated MLP, in the idiom of transformers' own models. The shape
+legend is `B` batch, `T` tokens, `S` key slots, `H` query heads, `K` key-value heads, `D` head dimension, `V` vocabulary.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import MASKED_SPARSE, explicit_mask, layout_from_inputs, refuse_unsupported
+from .attention_reference import attention_reference
+from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
+from .configuration_whisper_lm import (
+    FULL_ATTENTION,
+    LAYER_TYPES,
+    MASKED_SPARSE_ATTENTION,
+    SparseAttentionConfig,
+    WhisperLMConfig,
+)
+
+ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class WhisperLMRMSNorm(nn.Module):
+    """Root mean square normalisation over the last dimension, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise `[..., hidden_size]`; shape and dtype stay."""
+        normed = hidden_states.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        """Show size and epsilon when printed."""
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class WhisperLMRotaryEmbedding(nn.Module):
+    """Rotary position embedding of every type that transformers knows (https://arxiv.org/abs/2104.09864)."""
+
+    def __init__(self, config: WhisperLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        is_default = self.rope_type == "default"
+        rope_init_fn = self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: WhisperLMConfig, **_: Any) -> tuple[Tensor, float]:
+        """Return the inverse frequencies, `[D / 2]` float32, and the factor on cosine and sine."""
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine, each `[B, T, D]` in the dtype of `x`, for `position_ids` `[B, T]`."""
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((freqs, freqs), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def apply_rotary_pos_emb(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads `[B, H, T, D]` by `cos` and `sin`, `[B, T, D]`."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+class WhisperLMMLP(nn.Module):
+    """Gated MLP (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: WhisperLMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `[..., hidden_size]` to the same shape."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with explicit weights; `attention_mask` is `[B, H or 1, T, S]` bool, or `None` for plain causal.
+
+    Returns:
+        output (`[B, T, H, D]`) and weights (`[B, H, T, S]`), in the dtype of `query`.
+    """
+    if attention_mask is None:
+        query_length, key_length = query.shape[2], key.shape[2]
+        attention_mask = query.new_ones(query_length, key_length, dtype=torch.bool)
+        attention_mask = attention_mask.tril(key_length - query_length)[None, None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    output, weights = attention_reference(query, key, value, attention_mask, scaling)
+    if dropout:
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        output = weights @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class WhisperLMAttention(nn.Module):
+    """Grouped-query attention over the blocks that matter (a sparse layer) or over all of the past (a full one)."""
+
+    def __init__(self, config: WhisperLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.is_sparse = config.layer_types[layer_idx] == MASKED_SPARSE_ATTENTION
+
+        query_size, key_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
+        for name in ("q_norm", "k_norm"):
+            norm = WhisperLMRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+            self.add_module(name, norm)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `hidden_states`, `[B, T, hidden_size]`; `attention_mask` is what `layout_from_inputs` returns.
+
+        Returns:
+            output (`[B, T, hidden_size]`) and, under `eager` or with `output_attentions`, weights (`[B, H, T, S]`).
+        """
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        sparse_attention = SparseAttentionConfig.from_value(self.config.sparse_attention) if self.is_sparse else None
+        if implementation != MASKED_SPARSE:
+            refuse_unsupported(self, 0.0, kwargs)
+            attention_mask = explicit_mask(query, key, attention_mask, sparse_attention)
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sparse_attention=sparse_attention,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+
+class WhisperLMDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, each with a residual connection."""
+
+    def __init__(self, config: WhisperLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = WhisperLMAttention(config, layer_idx)
+        self.mlp = WhisperLMMLP(config)
+        self.input_layernorm = WhisperLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = WhisperLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Map `hidden_states`, `[B, T, hidden_size]`, to the same shape."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class WhisperLMPreTrainedModel(PreTrainedModel):
+    """What all Whisper language model classes share: weights, saving with code, and the attention that is available."""
+
+    config: WhisperLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["WhisperLMDecoderLayer"]  # noqa: RUF012 (the idiom of transformers)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": WhisperLMDecoderLayer,
+        "attentions": WhisperLMAttention,
+    }
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Default to `masked_sparse` and accept only what computes the same function.
+
+        Raises:
+            ValueError: any other implementation, which would silently attend densely.
+        """
+        implementation = requested_attention or MASKED_SPARSE
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"{type(self).__name__} computes masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}, got "
+                f"attn_implementation={implementation!r}; whisper_hf.to_dense(model) gives a model for dense engines"
+            )
+        return implementation
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with this code and an `auto_map` that names every Auto class."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class WhisperLMModel(WhisperLMPreTrainedModel):
+    """The decoder without a head: token ids to hidden states."""
+
+    def __init__(self, config: WhisperLMConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([WhisperLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = WhisperLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = WhisperLMRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids (`[B, T]`, int64): token ids; or else
+            inputs_embeds (`[B, T, hidden_size]`): embeddings in their place.
+            attention_mask (`[B, S]`, *optional*): 1 for tokens, 0 for padding and holes; or a `[B, 1, T, S]` mask.
+            position_ids (`[B or 1, T]`, int64, *optional*): positions for RoPE; without an attention mask, positions
+                that restart separate packed documents.
+            past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
+            use_cache (`bool`, *optional*): return the cache; `config.use_cache` by default.
+
+        Returns:
+            `last_hidden_state` (`[B, T, hidden_size]`), `past_key_values`, and on request `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        # the layout before the cache: packed documents are told apart only where nothing is cached
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            layout = layout_from_inputs(inputs_embeds, attention_mask, past_key_values, position_ids)
+            masks = dict.fromkeys(LAYER_TYPES, layout)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer_type, layer in zip(self.config.layer_types, self.layers, strict=False):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: WhisperLMConfig) -> None:
+        super().__init__(config)
+        self.model = WhisperLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at each position; arguments as in [`WhisperLMModel`], and:
+
+        Args:
+            labels (`[B, T]`, int64, *optional*): token ids to predict (shifted inside), -100 where there is none.
+            logits_to_keep (`int` or `Tensor`): compute logits only for the last so many positions (0: all of them), or
+                for these positions.
+
+        Returns:
+            `loss` (nats per token; divided by `num_items_in_batch` where given), `logits` (`[B, T, V]`),
+            `past_key_values`, and on request `hidden_states` and `attentions`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: WhisperLMConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor | None:
+        """Prepare the layout outside the compiled forward, for static caches."""
+        return layout_from_inputs(inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+        # transformers' quantized cache only accepts full-attention layers; it holds plain keys and values, which is all
+        # that block selection needs
+        if generation_config.cache_implementation == "quantized":
+            config = copy.copy(self.config)
+            config.layer_types = [FULL_ATTENTION] * config.num_hidden_layers
+            generation_config.cache_config = {"config": config, **(generation_config.cache_config or {})}
+        super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+
+class WhisperLMForSequenceClassification(GenericForSequenceClassification, WhisperLMPreTrainedModel):
+    """The decoder with a classifier on the last token that is not padding."""
+
+    # the mixin builds its decoder through AutoModel, which does not know a class that runs as remote code
+    def __init__(self, config: WhisperLMConfig) -> None:
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = WhisperLMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class WhisperLMForTokenClassification(GenericForTokenClassification, WhisperLMPreTrainedModel):
+    """The decoder with a classifier on every token."""
+
+    def __init__(self, config: WhisperLMConfig) -> None:
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = WhisperLMModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+_HERE, _CONFIGURATION = (name.rpartition(".")[2] for name in (__name__, WhisperLMConfig.__module__))
+AUTO_MAP = {
+    "AutoConfig": f"{_CONFIGURATION}.WhisperLMConfig",
+    "AutoModel": f"{_HERE}.WhisperLMModel",
+    "AutoModelForCausalLM": f"{_HERE}.WhisperLMForCausalLM",
+    "AutoModelForSequenceClassification": f"{_HERE}.WhisperLMForSequenceClassification",
+    "AutoModelForTokenClassification": f"{_HERE}.WhisperLMForTokenClassification",
+}
+
+__all__ = [
+    "WhisperLMForCausalLM",
+    "WhisperLMForSequenceClassification",
+    "WhisperLMForTokenClassification",
+    "WhisperLMModel",
+    "WhisperLMPreTrainedModel",
+]

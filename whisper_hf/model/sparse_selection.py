@@ -1,0 +1,130 @@
+# Copyright 2026 The whisper_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Who may see whom: the content layout of a batch, and the blocks that each query selects.
+
+Legend: `B` batch, `T` query tokens, `S` key slots (`T` of them hold the queries' own keys, the rest come from a
+cache), `H` query heads, `K` key-value heads, `D` head dimension, `N` blocks.
+
+A *layout* is an int32 tensor `[B, 1, 1, S]` that says of each key slot: `d > 0`, a visible token of document `d`;
+`-d`, a token of document `d` that the attention mask hides; `0`, nothing written yet. The queries are the last `T`
+written slots. `None` stands for one document without hidden tokens. A layout has four dimensions because transformers
+passes four-dimensional masks on untouched, and one row because nothing about it is quadratic.
+"""
+
+import torch
+from torch import Tensor
+
+from .configuration_whisper_lm import SparseAttentionConfig
+
+
+def content_layout(visible: Tensor, starts: Tensor, query_end: int | Tensor) -> Tensor:
+    """Encode a batch as a layout.
+
+    Args:
+        visible (`[B, S]`, bool): whether the attention mask shows the token in a slot.
+        starts (`[B, S]`, bool): whether a slot begins a new document; the first slot need not be marked.
+        query_end (`int` or 0-dim tensor): number of written slots, the queries' own included.
+
+    Returns:
+        `[B, 1, 1, S]`, int32: the layout.
+    """
+    document = 1 + starts[:, 1:].int().cumsum(-1)
+    document = torch.nn.functional.pad(document, (1, 0), value=1)
+    slot = torch.arange(visible.shape[1], device=visible.device)
+    layout = torch.where(visible, document, -document) * (slot < query_end)
+    return layout.to(torch.int32)[:, None, None]
+
+
+def query_slots(layout: Tensor | None, query_length: int, key_length: int, device: torch.device) -> Tensor:
+    """Return the slots of the queries' own keys, `[B or 1, T]`, int64."""
+    offset = torch.arange(query_length, device=device)[None]
+    if layout is None:
+        return key_length - query_length + offset
+    written = (layout[:, 0, 0] != 0).sum(-1, keepdim=True)
+    return written - query_length + offset
+
+
+def visible_keys(layout: Tensor | None, slots: Tensor, key_length: int, sliding_window: int | None = None) -> Tensor:
+    """Expand a layout to the plain causal mask of some queries: their own document, up to themselves, not hidden.
+
+    Args:
+        layout (`[B, 1, 1, S]`, int32, or `None`): the layout.
+        slots (`[B or 1, T]`, int64): the queries' slots, or a slice of them.
+        key_length (`int`): `S`.
+        sliding_window (`int`, *optional*): also hide keys that are this many slots or more in the past.
+
+    Returns:
+        `[B or 1, 1, T, S]`, bool: `True` where the query may attend.
+    """
+    key_slot = torch.arange(key_length, device=slots.device)
+    visible = key_slot <= slots[..., None]
+    if sliding_window is not None:
+        visible = visible & (key_slot > slots[..., None] - sliding_window)
+    if layout is not None:
+        document = layout[:, 0, 0]
+        own_document = document.gather(1, slots.expand(document.shape[0], -1)).abs()
+        visible = visible & (document[:, None] == own_document[..., None])
+    return visible[:, None]
+
+
+@torch.no_grad()
+def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseAttentionConfig) -> Tensor:
+    """Restrict a causal mask to the sink, local and best-scoring blocks of each query.
+
+    Each query numbers the keys it sees 0, 1, 2, … (their *content positions*); block `b` holds the content positions
+    `[b * block_size, (b + 1) * block_size)`. The score of a block is the product of the sum of the group's queries
+    with the mean of the block's keys, in float32; ties go to the more recent block. No gradient flows through.
+
+    Args:
+        query (`[B, H, T, D]`, any float): queries as attention sees them.
+        key (`[B, K, S, D]`, any float): keys as attention sees them; `K` divides `H`.
+        visible (`[B or 1, 1, T, S]`, bool): the causal mask.
+        settings (`SparseAttentionConfig`): block size and budget.
+
+    Returns:
+        `[B, K, T, S]`, bool: `True` where the query attends.
+    """
+    num_blocks = -(-key.shape[2] // settings.block_size)
+    position = (visible.cumsum(-1) - 1).clamp(min=0)
+    block_of_key = position // settings.block_size  # [B, 1, T, S]
+    current = block_of_key[..., -1:]
+
+    group_query = query.float().unflatten(1, (key.shape[1], -1)).sum(2)  # [B, K, T, D]
+    products = (group_query @ key.float().transpose(2, 3)).masked_fill(~visible, 0.0)
+    scores = products.new_zeros(*products.shape[:3], num_blocks)
+    # the mean of a block's products is the product with its mean: every candidate block is complete
+    scores = scores.scatter_add(-1, block_of_key.expand_as(products), products) / settings.block_size
+
+    block = torch.arange(num_blocks, device=key.device)
+    fixed = (block < settings.sink_blocks) | (block > current - settings.local_blocks)
+    chosen = fixed | top_blocks(scores, (block <= current) & ~fixed, settings.topk_blocks)
+    return chosen.gather(-1, block_of_key.expand_as(products)) & visible
+
+
+def top_blocks(scores: Tensor, candidate: Tensor, topk: int) -> Tensor:
+    """Mark the `topk` best-scoring candidates of each row; among equals, the more recent (larger index) wins.
+
+    Args:
+        scores (`[..., N]`, float32): one score per block.
+        candidate (broadcastable to `[..., N]`, bool): blocks that may be chosen.
+        topk (`int`): how many to mark; fewer where there are fewer candidates.
+
+    Returns:
+        `[..., N]`, bool.
+    """
+    num_blocks = scores.shape[-1]
+    recent_first = scores.masked_fill(~candidate, float("-inf")).flip(-1)
+    order = recent_first.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    marked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, num_blocks - 1 - order, True)
+    return marked & candidate
