@@ -1,0 +1,293 @@
+"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
+
+    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
+
+The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
+is the whole table. RoPE, sizes and token ids carry over by name.
+"""
+
+import argparse
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
+from .model.modeling_whisper_lm import WhisperLMForCausalLM
+
+logger = logging.get_logger(__name__)
+
+# WhisperLM's switch -> the family's config field that sets it, or the value that the family always has
+FAMILIES: dict[str, dict[str, str | bool]] = {
+    "llama": {
+        "attention_bias": "attention_bias",
+        "attention_out_bias": "attention_bias",
+        "mlp_bias": "mlp_bias",
+        "use_qk_norm": False,
+    },
+    "mistral": {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False, "use_qk_norm": False},
+    "qwen2": {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "use_qk_norm": False},
+    "qwen3": {
+        "attention_bias": "attention_bias",
+        "attention_out_bias": "attention_bias",
+        "mlp_bias": False,
+        "use_qk_norm": True,
+    },
+}
+
+# fields with one name and one meaning everywhere
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+
+
+def from_dense(
+    source: PreTrainedModel | str | os.PathLike,
+    sparse_attention: SparseAttentionConfig | dict | None = None,
+    **from_pretrained_kwargs: Any,
+) -> WhisperLMForCausalLM:
+    """Turn a dense causal language model into a WhisperLM with the same weights, bit for bit.
+
+    Args:
+        source: a model of a family in `FAMILIES` (its weights are copied), or a folder or Hub id of one.
+        sparse_attention: block size and budget of every layer; the defaults of [`SparseAttentionConfig`] if left out.
+        from_pretrained_kwargs: for a folder or Hub id, such as `revision` or `dtype` (the checkpoint's own by default).
+
+    Returns:
+        The model, on the device, in the dtype and in the mode (training or evaluation) of the source, with its
+        generation config. Where the sparse budget covers a sequence its logits are those of the source.
+
+    Raises:
+        ValueError: another architecture, an option that WhisperLM cannot represent, quantized weights.
+    """
+    if isinstance(source, PreTrainedModel):
+        config = sparse_config(source.config, sparse_attention)
+        weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    else:
+        hub_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in ("dtype", "device_map")}
+        sparse_config(AutoConfig.from_pretrained(source, **hub_kwargs), sparse_attention)  # fail before loading weights
+        source = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **from_pretrained_kwargs})
+        config = sparse_config(source.config, sparse_attention)
+        weights = source.state_dict()
+    return _rebuild(source, WhisperLMForCausalLM, config, weights)
+
+
+def to_dense(model: WhisperLMForCausalLM, family: str | None = None) -> PreTrainedModel:
+    """Turn a WhisperLM back into a model of a dense family with the same weights, bit for bit.
+
+    The result attends densely: it serves engines that know only the dense family.
+
+    Args:
+        model: the model; its weights are copied.
+        family: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`; by default the family it was converted from, else the
+            first that can represent it.
+
+    Returns:
+        An instance of the family's causal language model class, with the generation config.
+
+    Raises:
+        ValueError: not a WhisperLM, an unknown family, or one that cannot represent the model.
+    """
+    if getattr(model.config, "model_type", None) != WhisperLMConfig.model_type or not isinstance(model, PreTrainedModel):
+        raise ValueError(f"to_dense takes a WhisperLMForCausalLM, got {type(model).__name__}; merge adapters first")
+    config = dense_config(model.config, family)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return _rebuild(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, weights)
+
+
+def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConfig | dict | None) -> WhisperLMConfig:
+    """Translate the config of a dense family.
+
+    Raises:
+        ValueError: another architecture, or an option that WhisperLM cannot represent.
+    """
+    family = FAMILIES.get(dense.model_type)
+    if family is None:
+        raise ValueError(
+            f"cannot convert model_type {dense.model_type!r}; supported are {list(FAMILIES)} (SmolLM and SmolLM2 are "
+            'llama); any other causal LM can run attn_implementation="masked_sparse" unconverted'
+        )
+    _refuse_unsupported(dense)
+    switches = {ours: getattr(dense, theirs) if isinstance(theirs, str) else theirs for ours, theirs in family.items()}
+    shared = {name: copy.deepcopy(getattr(dense, name, None)) for name in SHARED_FIELDS}
+    return WhisperLMConfig(
+        **shared, **switches, sparse_attention=sparse_attention, converted_from=dense.model_type
+    )
+
+
+def _refuse_unsupported(dense: PreTrainedConfig) -> None:
+    if getattr(dense, "quantization_config", None) is not None:
+        raise ValueError(
+            "cannot convert quantized weights without loss, got a quantization_config; convert the full-precision "
+            "checkpoint (or model.dequantize()) and quantize the result"
+        )
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.model_type]
+    if dense.architectures and dense.architectures != [architecture]:
+        raise ValueError(f"cannot convert {dense.architectures}; supported for {dense.model_type!r} is {architecture}")
+    window = getattr(dense, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(dense, "layer_types", None) or ["sliding_attention"])
+    if window is not None and slides and window < dense.max_position_embeddings:
+        raise ValueError(
+            f"cannot convert sliding_window={window} (of {dense.max_position_embeddings} positions); supported is no "
+            "window: set config.sliding_window = None if the model may see further, or run it unconverted with "
+            'attn_implementation="masked_sparse", which honours the window'
+        )
+
+
+def dense_config(config: WhisperLMConfig, family: str | None = None) -> PreTrainedConfig:
+    """Translate a WhisperLM config to that of a dense family.
+
+    Raises:
+        ValueError: an unknown family, or one that cannot represent the config.
+    """
+    family = family or config.converted_from
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; supported are {list(FAMILIES)}")
+    conflicts = {}
+    for name in [family] if family else FAMILIES:
+        fields, conflicts[name] = _dense_fields(config, name)
+        if not conflicts[name]:
+            shared = {field: copy.deepcopy(getattr(config, field)) for field in SHARED_FIELDS}
+            dense = CONFIG_MAPPING[name](**shared, **fields, sliding_window=None)
+            dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]]
+            return dense
+    raise ValueError(f"no dense family can represent this model; the fields in the way: {conflicts}")
+
+
+def _dense_fields(config: WhisperLMConfig, family: str) -> tuple[dict[str, bool], list[str]]:
+    """Return the family's own fields, and what it cannot represent as `field=value` strings."""
+    fields: dict[str, bool] = {}
+    conflicts = []
+    for ours, theirs in FAMILIES[family].items():
+        value = getattr(config, ours)
+        represented = fields.setdefault(theirs, value) if isinstance(theirs, str) else theirs
+        if represented != value:
+            conflicts.append(f"{ours}={value}")
+    return fields, conflicts
+
+
+def _rebuild(
+    source: PreTrainedModel, model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Any]
+) -> Any:
+    """Make a model of another class around the same weights."""
+    devices = {parameter.device for parameter in source.parameters()}
+    if len(devices) != 1 or torch.device("meta") in devices:
+        raise ValueError(f"the model to convert must lie on one device, got {sorted(map(str, devices))}; load it so")
+    with no_init_weights():
+        model = model_class(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(source.generation_config)
+    return model.to(devices.pop()).train(source.training)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    sparse_attention: SparseAttentionConfig | dict | None = None,
+    *,
+    dense: bool = False,
+    max_shard_size: str | int = "50GB",
+) -> None:
+    """Convert a folder or Hub id to a folder, with tokenizer and generation config; all of it or nothing.
+
+    Args:
+        source: the checkpoint to read.
+        target: the folder to write; it must not exist, or be empty.
+        sparse_attention: as in [`from_dense`].
+        dense: the other way, from a WhisperLM checkpoint to the dense family.
+        max_shard_size: largest file of weights.
+
+    Raises:
+        ValueError: as in [`from_dense`] and [`to_dense`], or a target that holds something.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"the target {str(target)!r} exists and is not an empty folder; name another one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        if dense:
+            model = to_dense(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+        else:
+            model = from_dense(source, sparse_attention)
+        model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        _save_tokenizer(source, scratch)
+        scratch.chmod(0o777 & ~_umask())
+        if target.exists():
+            target.rmdir()
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _save_tokenizer(source: str | os.PathLike, folder: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        logger.warning(f"{source} has no tokenizer that could be carried along: {error}")
+    else:
+        tokenizer.save_pretrained(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m whisper_hf.conversion", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("source", help="folder or Hub id of a dense checkpoint (with --to-dense: of a WhisperLM)")
+    parser.add_argument("target", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--to-dense", action="store_true", help="convert a WhisperLM back to its dense family")
+    parser.add_argument("--max-shard-size", default="50GB", help="largest file of weights (default: %(default)s)")
+    defaults = SparseAttentionConfig()
+    for name in SparseAttentionConfig.MINIMUM:
+        flag, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        parser.add_argument(flag, type=int, default=default, help="sparse attention (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        sparse_attention = SparseAttentionConfig(**{name: getattr(options, name) for name in SparseAttentionConfig.MINIMUM})
+        convert_checkpoint(
+            options.source,
+            options.target,
+            sparse_attention,
+            dense=options.to_dense,
+            max_shard_size=options.max_shard_size,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"converted {options.source} to {options.target}")
+
+
+if __name__ == "__main__":
+    main()
