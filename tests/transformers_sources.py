@@ -1,0 +1,123 @@
+"""transformers' own common tests, imported from the source distribution of the installed version.
+
+`import transformers` does not bring `tests/` along; the source distribution on PyPI does, but only the files at the top
+of that folder. This module downloads and unpacks it once per version, into `HF_HOME/whisper_hf`, and imports files of
+it as a package. The few modules that they import from sub-folders are replaced by the stand-ins below.
+"""
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import transformers
+from huggingface_hub import constants
+
+PACKAGE = "transformers_common_tests"
+
+
+class SourcesUnavailableError(RuntimeError):
+    """The test sources of the installed transformers cannot be had; the message says why."""
+
+
+class ExportTesterMixin:
+    """In the place of `tests/exporters/test_export.py`: torch.export, ONNX and ExecuTorch; no test of it runs."""
+
+
+class GenerationTesterMixin:
+    """In the place of `tests/generation/test_utils.py`: `generate`; no test of it runs."""
+
+
+# In the place of `tests/utils/test_configuration_utils.py`: each common field of a config, with a value that is not the
+# default, for a test that they all reach the config.
+CONFIG_COMMON_KWARGS: dict[str, Any] = {
+    "architectures": ["SomeModel"],
+    "chunk_size_feed_forward": 7,
+    "dtype": "float16",
+    "id2label": {0: "only"},
+    "label2id": {"only": 0},
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "problem_type": "regression",
+    "return_dict": False,
+}
+
+STAND_INS: dict[str, dict[str, Any]] = {
+    "exporters.test_export": {"ExportTesterMixin": ExportTesterMixin},
+    "generation.test_utils": {"GenerationTesterMixin": GenerationTesterMixin},
+    "utils.test_configuration_utils": {"config_common_kwargs": CONFIG_COMMON_KWARGS},
+}
+
+
+def import_common_tests(*names: str) -> list[ModuleType]:
+    """Import files of transformers' `tests/` by name, downloading them where needed.
+
+    Raises:
+        SourcesUnavailableError: the source distribution cannot be downloaded or stored.
+    """
+    _add_package(PACKAGE, search=[str(sources_directory())])
+    for name, content in STAND_INS.items():
+        _add_package(f"{PACKAGE}.{name.partition('.')[0]}", search=[])
+        vars(_add_package(f"{PACKAGE}.{name}", search=[])).update(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # marks of transformers' own test runs
+        return [importlib.import_module(f"{PACKAGE}.{name}") for name in names]
+
+
+def sources_directory() -> Path:
+    """Return the unpacked `tests/` folder of the installed version of transformers.
+
+    Raises:
+        SourcesUnavailableError: the source distribution cannot be downloaded or stored.
+    """
+    version = transformers.__version__
+    directory = Path(constants.HF_HOME) / "whisper_hf" / f"transformers-{version}-tests"
+    if not directory.is_dir():
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+                _unpack_tests(_download(version, Path(scratch)), directory)
+        except (OSError, tarfile.TarError, subprocess.SubprocessError) as error:
+            raise SourcesUnavailableError(f"no source distribution of transformers {version}: {error}") from error
+    return directory
+
+
+def _download(version: str, directory: Path) -> Path:
+    """Download the source distribution with pip, which knows the user's index, mirror and proxy."""
+    command = [sys.executable, "-m", "pip", "download", f"transformers=={version}", "--no-deps", "--quiet"]
+    command += ["--no-binary", "transformers", "--dest", str(directory), "--retries", "1", "--timeout", "60"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    archive = directory / f"transformers-{version}.tar.gz"
+    if result.returncode or not archive.is_file():
+        reason = result.stderr.strip()[-500:]
+        raise SourcesUnavailableError(f"cannot download the source distribution of transformers {version}: {reason}")
+    return archive
+
+
+def _unpack_tests(archive: Path, directory: Path) -> None:
+    """Unpack the `tests/` folder of a source distribution next to it, and move it to `directory`."""
+    prefix = f"{archive.name.removesuffix('.tar.gz')}/tests"
+    with tarfile.open(archive) as source:
+        members = [member for member in source if member.name.startswith(f"{prefix}/")]
+        source.extractall(archive.parent, members, filter="data")
+    unpacked = archive.parent / prefix
+    (unpacked / "__init__.py").touch()  # `test_configuration_common` loads it by its path
+    try:
+        unpacked.rename(directory)
+    except OSError:  # another run was faster
+        if not directory.is_dir():
+            raise
+
+
+def _add_package(name: str, search: list[str]) -> ModuleType:
+    """Put an empty package in `sys.modules`, with the folders in which its submodules are found."""
+    package = ModuleType(name)
+    package.__path__ = search
+    sys.modules[name] = package
+    return package
