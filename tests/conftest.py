@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from whisper_hf import WhisperLMConfig, WhisperLMForCausalLM
 
+torch.set_num_threads(1)  # on tensors this small, threads only wait for one another
+
 ROOT = Path(__file__).parents[1]
 SPARSE = {"block_size": 16, "topk_blocks": 1, "local_blocks": 1, "sink_blocks": 1}  # 48 tokens
 LENGTH = 160  # more than three times that

@@ -83,7 +83,7 @@ def test_loss_is_that_of_transformers_with_its_keywords(model, input_ids) -> Non
     assert torch.equal(model(input_ids, labels=labels).loss, ForCausalLMLoss(logits, labels, VOCABULARY))
     counted = model(input_ids, labels=labels, num_items_in_batch=torch.tensor(1000)).loss
     assert torch.equal(counted, ForCausalLMLoss(logits, labels, VOCABULARY, num_items_in_batch=torch.tensor(1000)))
-    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     given = model(input_ids, labels=labels, shift_labels=shifted).loss
     torch.testing.assert_close(given, model(input_ids, labels=labels).loss)
 

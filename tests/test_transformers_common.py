@@ -9,7 +9,7 @@ import tempfile
 import unittest
 from collections import OrderedDict
 from fnmatch import fnmatch
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from transformers import set_seed
 from transformers.testing_utils import torch_device
 
 from whisper_hf import (
+    SparseAttentionConfig,
     WhisperLMConfig,
     WhisperLMForCausalLM,
     WhisperLMForSequenceClassification,
@@ -103,7 +104,7 @@ class CommonTests(modeling.ModelTesterMixin, training.TrainingTesterMixin):
     """What both variants share; a test that skips itself without being listed in `NOT_APPLICABLE` fails."""
 
     overrides: dict[str, Any]
-    all_model_classes = (
+    all_model_classes: tuple[type, ...] = (
         WhisperLMModel,
         WhisperLMForCausalLM,
         WhisperLMForSequenceClassification,
@@ -132,7 +133,7 @@ class CommonTests(modeling.ModelTesterMixin, training.TrainingTesterMixin):
         modeling.global_rng.seed(0)
         self.model_tester = ModelTester(**overrides)
 
-    def skipTest(self, reason: str) -> NoReturn:
+    def skipTest(self, reason: str) -> None:
         """Refuse to be skipped."""
         self.fail(f"skips itself, but is not listed in NOT_APPLICABLE: {reason}")
 
@@ -152,7 +153,8 @@ class CommonTests(modeling.ModelTesterMixin, training.TrainingTesterMixin):
         """The batch of the common tests is long enough for the sparse layers to leave tokens out."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         model = WhisperLMModel(config).to(torch_device).eval()
-        budget = config.sparse_attention.budget_blocks * config.sparse_attention.block_size
+        settings = SparseAttentionConfig.from_value(config.sparse_attention)
+        budget = settings.budget_blocks * settings.block_size
         with torch.no_grad():
             attentions = model(**inputs, output_attentions=True).attentions
         for layer_type, weights in zip(config.layer_types, attentions, strict=True):

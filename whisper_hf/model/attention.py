@@ -283,10 +283,10 @@ def bool_mask(attention_mask: Tensor) -> Tensor:
     if not attention_mask.is_floating_point():
         raise ValueError(f"a four-dimensional attention_mask must be bool or additive, got {attention_mask.dtype}")
     visible = attention_mask == 0
-    if not is_tracing(visible) and not (visible | (attention_mask <= torch.finfo(attention_mask.dtype).min / 2)).all():
+    if not is_tracing(visible) and not (visible | (attention_mask <= -1e4)).all():
         raise ValueError(
-            "an additive attention_mask for masked_sparse attention holds 0 (visible) and the dtype's minimum or -inf "
-            "(hidden), got other values; masked sparse attention has no position bias"
+            "an additive attention_mask for masked_sparse attention holds 0 (visible) and -10,000 or less (hidden), got "
+            "other values; masked sparse attention has no position bias"
         )
     return visible
 

@@ -28,7 +28,7 @@ def attention_reference(
         query (`[B, H, T, D]`, any float): queries.
         key (`[B, K, S, D]`, any float): keys; `K` divides `H`, and `H // K` query heads share a key head.
         value (`[B, K, S, E]`, any float): values.
-        allowed (broadcastable to `[B, K, T, S]`, bool): which keys each query attends to.
+        allowed (`[B or 1, 1 or K or H, T, S]`, bool): which keys each query attends to.
         scaling (`float`): factor on the logits.
 
     Returns:
@@ -36,11 +36,11 @@ def attention_reference(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
-    key, value = (states.to(dtype).repeat_interleave(groups, dim=1) for states in (key, value))
-    if allowed.shape[1] > 1:
+    if allowed.shape[1] == key.shape[1]:
         allowed = allowed.repeat_interleave(groups, dim=1)
-
-    logits = query.to(dtype) @ key.transpose(2, 3) * scaling
-    # the finite fill and the product keep rows without any allowed key at zero, in value and in gradient
-    weights = logits.masked_fill(~allowed, torch.finfo(dtype).min).softmax(-1) * allowed
-    return (weights @ value).to(query.dtype), weights.to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        key, value = (states.to(dtype).repeat_interleave(groups, dim=1) for states in (key, value))
+        logits = query.to(dtype) @ key.transpose(2, 3) * scaling
+        # the finite fill and the product keep rows without any allowed key at zero, in value and in gradient
+        weights = logits.masked_fill(~allowed, torch.finfo(dtype).min).softmax(-1) * allowed
+        return (weights @ value).to(query.dtype), weights.to(query.dtype)

@@ -17,12 +17,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 FULL_ATTENTION = "full_attention"
 MASKED_SPARSE_ATTENTION = "masked_sparse_attention"
 LAYER_TYPES = (FULL_ATTENTION, MASKED_SPARSE_ATTENTION)
+
+# the Trainer reads a checkpoint's config through the base class when it resumes, which knows only the names in this tuple
+if MASKED_SPARSE_ATTENTION not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (MASKED_SPARSE_ATTENTION,)
 
 
 @dataclass(frozen=True)

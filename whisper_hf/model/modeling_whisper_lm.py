@@ -145,12 +145,10 @@ def eager_attention_forward(
         query_length, key_length = query.shape[2], key.shape[2]
         attention_mask = query.new_ones(query_length, key_length, dtype=torch.bool)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     output, weights = attention_reference(query, key, value, attention_mask, scaling)
     if dropout:
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-        output = weights @ value
+        output = weights @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return output.transpose(1, 2).contiguous(), weights
 
 

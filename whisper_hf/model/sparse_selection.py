@@ -100,8 +100,9 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
     block_of_key = position // settings.block_size  # [B, 1, T, S]
     current = block_of_key[..., -1:]
 
-    group_query = query.float().unflatten(1, (key.shape[1], -1)).sum(2)  # [B, K, T, D]
-    products = (group_query @ key.float().transpose(2, 3)).masked_fill(~visible, 0.0)
+    with torch.autocast(query.device.type, enabled=False):
+        group_query = query.float().unflatten(1, (key.shape[1], -1)).sum(2)  # [B, K, T, D]
+        products = (group_query @ key.float().transpose(2, 3)).masked_fill(~visible, 0.0)
     scores = products.new_zeros(*products.shape[:3], num_blocks)
     # the mean of a block's products is the product with its mean: every candidate block is complete
     scores = scores.scatter_add(-1, block_of_key.expand_as(products), products) / settings.block_size
