@@ -24,13 +24,17 @@ from .conftest import tiny_config
         ({"num_key_value_heads": 0}, ["num_key_value_heads", "0"]),
         ({"hidden_size": 100, "num_attention_heads": 9}, ["hidden_size", "100", "9", "head_dim"]),
         ({"head_dim": 15}, ["head_dim", "even", "15"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
         ({"num_hidden_layers": 2, "layer_types": ["full_attention"]}, ["layer_types", "2", "1 names"]),
-        ({"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, ["layer_types", "linear_attention", "masked_sp"]),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["linear_attention"]},
+            ["layer_types", "linear_attention", "masked_sp"],
+        ),
     ],
 )
 def test_bad_value_is_named_with_the_remedy(values: dict, words: list[str]) -> None:
-    with pytest.raises(ValueError, match="must|has no|holds|not a multiple") as error:
+    with pytest.raises(ValueError, match=r"must|has no|holds|not a multiple") as error:
         WhisperLMConfig(**values)
     for word in words:
         assert word in str(error.value)

@@ -31,7 +31,9 @@ def test_greedy_equals_full_forward(backend: str, options: dict) -> None:
     assert not torch.equal(greedy_without_cache(dense, tokens()), expected)
 
 
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}], ids=["lookup", "draft model"])
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}], ids=["lookup", "draft model"]
+)
 def test_assisted_equals_greedy(model, options: dict) -> None:
     if options.pop("assistant", False):
         draft = tiny_model()
@@ -42,7 +44,13 @@ def test_assisted_equals_greedy(model, options: dict) -> None:
 
 
 def test_beam_search_equals_itself_without_a_cache(model) -> None:
-    options = {**GREEDY, "num_beams": 4, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+    options = {
+        **GREEDY,
+        "num_beams": 4,
+        "num_return_sequences": 2,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     cached, plain = (model.generate(tokens(), use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores, rtol=1e-4, atol=1e-4)

@@ -32,7 +32,7 @@ def pad(ids: torch.Tensor, left: int, right: int) -> dict[str, torch.Tensor]:
     return {"input_ids": padded, "attention_mask": attention_mask, "position_ids": position_ids}
 
 
-# --- 2. causal ---------------------------------------------------------------------------------------------------------
+# --- 2. causal -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -53,7 +53,7 @@ def test_causal_gradient(model: WhisperLMForCausalLM) -> None:
     assert gradient[:, 100].any()
 
 
-# --- 3. dense limit ----------------------------------------------------------------------------------------------------
+# --- 3. dense limit --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -94,7 +94,7 @@ def test_selection_of_every_block_equals_dense(backend: str) -> None:
     assert (first[:, 144:] - second[:, 144:]).abs().max() > 1e-4
 
 
-# --- 4. padding --------------------------------------------------------------------------------------------------------
+# --- 4. padding ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (21, 0), (0, 21), (16, 7), (100, 0)])
@@ -128,7 +128,7 @@ def test_a_mask_of_ones_changes_nothing(model: WhisperLMForCausalLM) -> None:
     assert torch.equal(model(tokens(), attention_mask=torch.ones_like(tokens())).logits, model(tokens()).logits)
 
 
-# --- 5. cache ----------------------------------------------------------------------------------------------------------
+# --- 5. cache --------------------------------------------------------------------------------------------------------
 
 
 def make_cache(kind: str, config, length: int = LENGTH + 8):
@@ -139,7 +139,9 @@ def make_cache(kind: str, config, length: int = LENGTH + 8):
 
 
 @pytest.mark.parametrize("kind", ["plain", "dynamic", "static"])
-@pytest.mark.parametrize("chunks", [[1] * LENGTH, [LENGTH - 1, 1], [50, 30, 79, 1]], ids=["tokens", "prefill", "chunks"])
+@pytest.mark.parametrize(
+    "chunks", [[1] * LENGTH, [LENGTH - 1, 1], [50, 30, 79, 1]], ids=["tokens", "prefill", "chunks"]
+)
 @pytest.mark.parametrize("left", [0, 21])
 @pytest.mark.parametrize("layer_types", [None, MIXED], ids=["sparse", "mixed"])
 def test_cached_equals_full(backend: str, kind: str, chunks: list[int], left: int, layer_types) -> None:
@@ -209,7 +211,7 @@ def test_quantized_cache_stays_close(model: WhisperLMForCausalLM) -> None:
     assert (got - expected).abs().sum() < 0.5 * (got - dense).abs().sum()  # far closer to sparse than to dense
 
 
-# --- 6. deterministic --------------------------------------------------------------------------------------------------
+# --- 6. deterministic ------------------------------------------------------------------------------------------------
 
 
 def test_deterministic_and_independent_of_the_batch(model: WhisperLMForCausalLM) -> None:

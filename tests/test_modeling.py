@@ -121,7 +121,11 @@ def test_every_rope_type_matches_llama(rope_parameters: dict, input_ids) -> None
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     config = LlamaConfig(
-        **sizes, num_hidden_layers=1, rope_parameters=rope_parameters, initializer_range=0.2, max_position_embeddings=512
+        **sizes,
+        num_hidden_layers=1,
+        rope_parameters=rope_parameters,
+        initializer_range=0.2,
+        max_position_embeddings=512,
     )
     dense = LlamaForCausalLM(config).eval()
     assert torch.equal(from_dense(dense)(input_ids).logits, dense(input_ids).logits)
@@ -133,7 +137,7 @@ def test_tied_embeddings_and_biases(tmp_path, input_ids) -> None:
     names = {name for name, _ in model.named_parameters()}
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {"model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.down_proj.bias"} <= names
-    assert not any("o_proj.bias" in name or "_norm.weight" in name and "self_attn" in name for name in names)
+    assert not any("o_proj.bias" in name or ("_norm.weight" in name and "self_attn" in name) for name in names)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, model(input_ids).logits)
 

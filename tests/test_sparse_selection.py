@@ -10,7 +10,7 @@ SETTINGS = SparseAttentionConfig(block_size=16, topk_blocks=2, local_blocks=2, s
 
 
 def allowed_in_plain_python(query, key, document, shown, settings) -> torch.Tensor:
-    """One sequence: query `[H, T, D]`, key `[K, T, D]`, per token its document and whether it is shown -> `[K, T, T]`."""
+    """One sequence: query `[H, T, D]`, key `[K, T, D]`, per token its document and if it is shown -> `[K, T, T]`."""
     kv_heads, length = key.shape[:2]
     size = settings.block_size
     allowed = torch.zeros(kv_heads, length, length, dtype=torch.bool)

@@ -176,13 +176,13 @@ class CommonTests(modeling.ModelTesterMixin, training.TrainingTesterMixin):
 class TestSparseLayers(CommonTests, unittest.TestCase):
     """Every layer attends sparsely; one matrix for input and output embeddings."""
 
-    overrides = {"layer_types": ["masked_sparse_attention"] * 2, "tie_word_embeddings": True}  # noqa: RUF012
+    overrides = {"layer_types": ["masked_sparse_attention"] * 2, "tie_word_embeddings": True}
 
 
 class TestMixedLayers(CommonTests, unittest.TestCase):
     """A layer of each type, with biases and two embedding matrices."""
 
-    overrides = {  # noqa: RUF012
+    overrides = {
         "layer_types": ["full_attention", "masked_sparse_attention"],
         "tie_word_embeddings": False,
         "attention_bias": True,

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = ("convert_checkpoint", "from_dense", "to_dense")  # `python -m whisper_hf.conversion` must be the first to import it
+_LAZY = (
+    "convert_checkpoint",
+    "from_dense",
+    "to_dense",
+)  # `python -m whisper_hf.conversion` must be the first to import it
 
 
 def __getattr__(name: str) -> Any:

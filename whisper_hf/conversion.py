@@ -115,7 +115,9 @@ def to_dense(model: WhisperLMForCausalLM, family: str | None = None) -> PreTrain
     Raises:
         ValueError: not a WhisperLM, an unknown family, or one that cannot represent the model.
     """
-    if getattr(model.config, "model_type", None) != WhisperLMConfig.model_type or not isinstance(model, PreTrainedModel):
+    if getattr(model.config, "model_type", None) != WhisperLMConfig.model_type or not isinstance(
+        model, PreTrainedModel
+    ):
         raise ValueError(f"to_dense takes a WhisperLMForCausalLM, got {type(model).__name__}; merge adapters first")
     config = dense_config(model.config, family)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -137,9 +139,7 @@ def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConf
     _refuse_unsupported(dense)
     switches = {ours: getattr(dense, theirs) if isinstance(theirs, str) else theirs for ours, theirs in family.items()}
     shared = {name: copy.deepcopy(getattr(dense, name, None)) for name in SHARED_FIELDS}
-    return WhisperLMConfig(
-        **shared, **switches, sparse_attention=sparse_attention, converted_from=dense.model_type
-    )
+    return WhisperLMConfig(**shared, **switches, sparse_attention=sparse_attention, converted_from=dense.model_type)
 
 
 def _refuse_unsupported(dense: PreTrainedConfig) -> None:
@@ -276,7 +276,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(flag, type=int, default=default, help="sparse attention (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        sparse_attention = SparseAttentionConfig(**{name: getattr(options, name) for name in SparseAttentionConfig.MINIMUM})
+        sparse_attention = SparseAttentionConfig(
+            **{name: getattr(options, name) for name in SparseAttentionConfig.MINIMUM}
+        )
         convert_checkpoint(
             options.source,
             options.target,

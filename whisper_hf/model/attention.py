@@ -136,7 +136,7 @@ def layout_from_inputs(
         return attention_mask
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f"attention_mask must be [batch, keys] or [batch, 1, queries, keys], got shape {tuple(attention_mask.shape)}"
+            f"attention_mask must be [batch, keys] or [batch, 1, queries, keys], got {list(attention_mask.shape)}"
         )
     batch_size, query_length = inputs_embeds.shape[:2]
     query_offset, (key_length, key_offset) = 0, (query_length, 0)
@@ -201,17 +201,19 @@ def masked_sparse_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = layer_settings(module, kwargs)
     wants_weights = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
-    is_dense = settings is None or sliding_window is not None or settings.covers(key.shape[2])
-    if is_dense and not wants_weights:
+    if sliding_window is not None or settings is None or settings.covers(key.shape[2]):
+        settings = None
+    if settings is None and not wants_weights:
         mask = dense_mask(attention_mask, query, key, sliding_window)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)
 
     outputs, weights = [], []
     for rows, visible in visible_rows(attention_mask, query, key, sliding_window):
-        allowed = visible if is_dense else selected_keys(query[:, :, rows], key, visible, settings)
+        allowed = visible if settings is None else selected_keys(query[:, :, rows], key, visible, settings)
         output, weight = attention_reference(query[:, :, rows], key, value, allowed, scaling)
         outputs.append(output)
-        weights.append(weight if wants_weights else None)
+        if wants_weights:
+            weights.append(weight)
     output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
     return output, torch.cat(weights, dim=2) if wants_weights else None
 
@@ -247,7 +249,7 @@ def dense_mask(
     is_windowed = sliding_window is not None and sliding_window < key_length
     if attention_mask is None and not is_windowed and query_length in (1, key_length):
         return None
-    if not is_layout(attention_mask):
+    if attention_mask is not None and not is_layout(attention_mask):
         return bool_mask(attention_mask)
     slots = query_slots(attention_mask, query_length, key_length, key.device)
     return visible_keys(attention_mask, slots, key_length, sliding_window)
@@ -258,18 +260,19 @@ def visible_rows(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the plain causal mask a few queries at a time: a slice of them and its `[B or 1, 1, rows, S]` bool mask."""
     query_length, key_length = query.shape[2], key.shape[2]
-    slots = query_slots(attention_mask, query_length, key_length, key.device) if is_layout(attention_mask) else None
-    for start in range(0, query_length, QUERIES_PER_STEP):
-        rows = slice(start, start + QUERIES_PER_STEP)
-        if slots is None:
-            yield rows, bool_mask(attention_mask[:, :, rows])
-        else:
+    steps = [slice(start, start + QUERIES_PER_STEP) for start in range(0, query_length, QUERIES_PER_STEP)]
+    if attention_mask is None or is_layout(attention_mask):
+        slots = query_slots(attention_mask, query_length, key_length, key.device)
+        for rows in steps:
             yield rows, visible_keys(attention_mask, slots[:, rows], key_length, sliding_window)
+    else:
+        for rows in steps:
+            yield rows, bool_mask(attention_mask[:, :, rows])
 
 
-def is_layout(attention_mask: Tensor | None) -> bool:
-    """Tell a layout (or `None`, the trivial one) from a four-dimensional mask."""
-    return attention_mask is None or attention_mask.dtype == torch.int32
+def is_layout(attention_mask: Tensor) -> bool:
+    """Tell a layout from a four-dimensional mask."""
+    return attention_mask.dtype == torch.int32
 
 
 def bool_mask(attention_mask: Tensor) -> Tensor:
@@ -285,8 +288,8 @@ def bool_mask(attention_mask: Tensor) -> Tensor:
     visible = attention_mask == 0
     if not is_tracing(visible) and not (visible | (attention_mask <= -1e4)).all():
         raise ValueError(
-            "an additive attention_mask for masked_sparse attention holds 0 (visible) and -10,000 or less (hidden), got "
-            "other values; masked sparse attention has no position bias"
+            "an additive attention_mask for masked_sparse attention holds 0 (visible) or at most -10,000 (hidden), "
+            "got other values; masked sparse attention has no position bias"
         )
     return visible
 

@@ -25,7 +25,7 @@ FULL_ATTENTION = "full_attention"
 MASKED_SPARSE_ATTENTION = "masked_sparse_attention"
 LAYER_TYPES = (FULL_ATTENTION, MASKED_SPARSE_ATTENTION)
 
-# the Trainer reads a checkpoint's config through the base class when it resumes, which knows only the names in this tuple
+# when it resumes, the Trainer reads a checkpoint's config through the base class, which knows only these names
 if MASKED_SPARSE_ATTENTION not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
     configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (MASKED_SPARSE_ATTENTION,)
 
@@ -124,14 +124,14 @@ class WhisperLMConfig(PreTrainedConfig):
         rms_norm_eps (`float`): added to the mean square in RMSNorm.
         use_cache (`bool`): return a key-value cache.
         tie_word_embeddings (`bool`): the output head is the embedding matrix.
-        rope_parameters (`dict`, *optional*): RoPE of any type that transformers knows, with `rope_type` and `rope_theta`.
+        rope_parameters (`dict`, *optional*): RoPE of any type in transformers, with `rope_type` and `rope_theta`.
         attention_bias (`bool`): biases on the query, key and value projections.
         attention_out_bias (`bool`, *optional*): bias on the output projection; `attention_bias` by default.
         mlp_bias (`bool`): biases in the MLP.
         use_qk_norm (`bool`): RMSNorm over each query and key head, before RoPE.
         attention_dropout (`float`): dropout on attention weights in training; only `eager` and `sdpa` can apply it.
         sparse_attention (`SparseAttentionConfig` or `dict`, *optional*): see [`SparseAttentionConfig`].
-        layer_types (`list[str]`, *optional*): `"masked_sparse_attention"` (the default) or `"full_attention"`, per layer.
+        layer_types (`list[str]`, *optional*): per layer, `"masked_sparse_attention"` (default) or `"full_attention"`.
         converted_from (`str`, *optional*): `model_type` of the dense family this checkpoint was converted from.
 
     Raises:
@@ -139,8 +139,8 @@ class WhisperLMConfig(PreTrainedConfig):
     """
 
     model_type = "whisper_lm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the idiom of transformers)
-    base_model_tp_plan = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -151,7 +151,7 @@ class WhisperLMConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan = {  # noqa: RUF012
+    base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
@@ -183,7 +183,7 @@ class WhisperLMConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_out_bias is None:
@@ -217,6 +217,9 @@ class WhisperLMConfig(PreTrainedConfig):
         head_dim = self.hidden_size // heads if self.head_dim is None else self.head_dim
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates pairs) and at least 2, got {head_dim}")
+        rotated = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        if rotated != 1.0:
+            raise ValueError(f"partial_rotary_factor in rope_parameters must be 1.0 or left out, got {rotated}")
 
     def validate_layer_type(self) -> None:
         """Check `layer_types`: one known name per layer."""

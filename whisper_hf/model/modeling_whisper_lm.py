@@ -14,7 +14,8 @@
 """The Whisper language model: a decoder-only transformer with masked sparse self-attention.
 
 Pre-norm RMSNorm, RoPE, grouped-query attention and a gated MLP, in the idiom of transformers' own models. The shape
-legend is `B` batch, `T` tokens, `S` key slots, `H` query heads, `K` key-value heads, `D` head dimension, `V` vocabulary.
+legend is `B` batch, `T` tokens, `S` key slots, `H` query heads, `K` key-value heads, `D` head dimension, `V` tokens in
+the vocabulary.
 """
 
 import copy
@@ -85,7 +86,9 @@ class WhisperLMRotaryEmbedding(nn.Module):
         self.rope_type = config.rope_parameters["rope_type"]
         is_default = self.rope_type == "default"
         rope_init_fn = self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(config)
+        inv_freq, attention_scaling = rope_init_fn(config)
+        self.attention_scaling: float = attention_scaling
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -171,9 +174,11 @@ class WhisperLMAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
-        for name in ("q_norm", "k_norm"):
-            norm = WhisperLMRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-            self.add_module(name, norm)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.use_qk_norm:
+            self.q_norm = WhisperLMRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = WhisperLMRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -255,12 +260,12 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
     config: WhisperLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["WhisperLMDecoderLayer"]  # noqa: RUF012 (the idiom of transformers)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["WhisperLMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {
         "hidden_states": WhisperLMDecoderLayer,
         "attentions": WhisperLMAttention,
     }
@@ -274,8 +279,9 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
         implementation = requested_attention or MASKED_SPARSE
         if implementation not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
-                f"{type(self).__name__} computes masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}, got "
-                f"attn_implementation={implementation!r}; whisper_hf.to_dense(model) gives a model for dense engines"
+                f'Specified `attn_implementation="{implementation}"` is not supported: {type(self).__name__} computes '
+                f"masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}; whisper_hf.to_dense(model) gives a "
+                "model for dense engines"
             )
         return implementation
 
@@ -324,7 +330,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
             use_cache (`bool`, *optional*): return the cache; `config.use_cache` by default.
 
         Returns:
-            `last_hidden_state` (`[B, T, hidden_size]`), `past_key_values`, and on request `hidden_states`, `attentions`.
+            `last_hidden_state` (`[B, T, hidden_size]`), `past_key_values`; on request `hidden_states`, `attentions`.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`.
@@ -335,8 +341,9 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         # the layout before the cache: packed documents are told apart only where nothing is cached
-        masks = attention_mask
-        if not isinstance(masks, dict):
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
             layout = layout_from_inputs(inputs_embeds, attention_mask, past_key_values, position_ids)
             masks = dict.fromkeys(LAYER_TYPES, layout)
         if use_cache and past_key_values is None:
@@ -366,10 +373,10 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
 class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: WhisperLMConfig) -> None:
         super().__init__(config)
