@@ -208,6 +208,53 @@ def test_foreign_model_runs_sparse_and_reads_the_same_settings(tmp_path, count_c
     torch.testing.assert_close(packed.view_as(expected), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "gemma3_text", "phi3", "cohere2", "olmo2", "qwen3_moe"])
+def test_many_families_run_sparse(family: str, count_calls) -> None:
+    config = AutoConfig.for_model(family)
+    sizes = {
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32, "head_dim": 8},
+        **{"num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2},
+        **{
+            "intermediate_size": 48,
+            "ffn_dim": 48,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+        },
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2},
+    }
+    for name, value in sizes.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = (
+            ["sliding_attention", "full_attention"] if "sliding_attention" in config.layer_types else None
+        )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    attention_mask = torch.ones_like(tokens())
+    attention_mask[0, :21] = 0
+    expected = model(tokens(), attention_mask=attention_mask).logits
+    model.set_attn_implementation("masked_sparse")
+    covered = model(tokens(), attention_mask=attention_mask).logits
+    torch.testing.assert_close(covered[0, 21:], expected[0, 21:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(covered[1], expected[1], rtol=1e-4, atol=1e-4)
+    selections = count_calls(attention, "selected_keys")
+    model.config.sparse_attention = SPARSE
+    sparse = model(tokens(), attention_mask=attention_mask).logits
+    assert len(selections) == (1 if getattr(config, "layer_types", None) else 2)
+    torch.testing.assert_close(sparse[1, :48], expected[1, :48], rtol=1e-4, atol=1e-4)
+    assert (sparse[1, 48:] - expected[1, 48:]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["bloom", "codegen"])
+def test_model_with_an_attention_of_its_own_is_refused(family: str) -> None:
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, hidden_size=32, n_embd=32, n_layer=1, n_head=4)
+    config.rotary_dim = 8
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="masked_sparse")
+    with pytest.raises(ValueError, match=r"attention interface.*eager"):
+        model(tokens())
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_foreign_model_generates_sparsely(cache: str) -> None:
     model = foreign_model()

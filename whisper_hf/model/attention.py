@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
@@ -31,6 +32,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.import_utils import is_tracing
 
 from .attention_reference import attention_reference
@@ -52,6 +54,7 @@ def masked_sparse_mask(
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """Describe a batch to [`masked_sparse_attention_forward`]; the `AttentionMaskInterface` entry.
@@ -67,13 +70,16 @@ def masked_sparse_mask(
         allow_is_causal_skip (`bool`): may return `None` for one document without hidden tokens.
         use_vmap (`bool`): the predicate is the user's own; it is then expanded to a full mask.
         device (`torch.device`): where the layout is needed.
+        config (`PreTrainedConfig`, *optional*): that of the model which asks.
 
     Returns:
         `[B, 1, 1, S]` int32 layout, `None`, or for a custom predicate a `[B, 1, T, S]` bool mask.
 
     Raises:
-        ValueError: the predicate lets a token see a later one.
+        ValueError: the predicate lets a token see a later one, or the model would not pass the layout on.
     """
+    if config is not None and not is_tracing():
+        _refuse_without_interface(type(config))
     if use_vmap:
         return sdpa_mask(
             batch_size,
@@ -99,6 +105,16 @@ def masked_sparse_mask(
     if may_skip and not is_tracing(visible) and visible.all() and not starts[:, 1:].any():
         return None
     return content_layout(visible, starts, query_end)
+
+
+def _refuse_without_interface(config_class: type) -> None:
+    """Raise for a model whose attention is its own: it would take the layout for a mask and attend to the future."""
+    model_class = MODEL_MAPPING.get(config_class, None)
+    if model_class is not None and not model_class._can_set_attn_implementation():
+        raise ValueError(
+            f"masked_sparse attention needs a model that uses transformers' attention interface, got "
+            f'{model_class.__name__}, which has an attention of its own; load it with attn_implementation="eager"'
+        )
 
 
 def _document_starts(predicate: Callable, batch_size: int, key_length: int, offset: int, device: Any) -> Tensor:
