@@ -97,7 +97,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_covering_budget_is_plain_sdpa_without_selection(backend: str, count_calls) -> None:
-    selections = count_calls(attention, "selected_keys")
+    selections = count_calls(attention, "attention_blockwise" if backend == "masked_sparse" else "selected_keys")
     sparse = tiny_model(attn_implementation=backend)
     covered = tiny_model(attn_implementation=backend, sparse_attention={"block_size": 16, "topk_blocks": 99})
     dense = tiny_model(attn_implementation=backend, layer_types=["full_attention"] * 2)
@@ -188,7 +188,7 @@ def test_foreign_model_runs_sparse_and_reads_the_same_settings(tmp_path, count_c
     dense = AutoModelForCausalLM.from_pretrained(tmp_path)
     sparse = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="masked_sparse")
     torch.testing.assert_close(sparse(tokens()).logits, dense(tokens()).logits)  # 1,600 tokens by default
-    selections = count_calls(attention, "selected_keys")
+    selections = count_calls(attention, "attention_blockwise")
     sparse.config.sparse_attention = SPARSE
     expected = sparse(tokens()).logits
     assert len(selections) == 2
@@ -238,7 +238,7 @@ def test_many_families_run_sparse(family: str, count_calls) -> None:
     covered = model(tokens(), attention_mask=attention_mask).logits
     torch.testing.assert_close(covered[0, 21:], expected[0, 21:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(covered[1], expected[1], rtol=1e-4, atol=1e-4)
-    selections = count_calls(attention, "selected_keys")
+    selections = count_calls(attention, "attention_blockwise")
     model.config.sparse_attention = SPARSE
     sparse = model(tokens(), attention_mask=attention_mask).logits
     assert len(selections) == (1 if getattr(config, "layer_types", None) else 2)
@@ -272,7 +272,7 @@ def test_sliding_layers_get_exactly_their_window(count_calls) -> None:
     attention_mask = torch.ones_like(tokens())
     attention_mask[0, :40] = 0
     expected = model(tokens(), attention_mask=attention_mask).logits
-    selections = count_calls(attention, "selected_keys")
+    selections = count_calls(attention, "_sparse_attention")
     model.set_attn_implementation("masked_sparse")
     model.config.sparse_attention = SPARSE
     logits = model(tokens(), attention_mask=attention_mask).logits

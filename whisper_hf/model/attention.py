@@ -35,6 +35,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.import_utils import is_tracing
 
+from .attention_blockwise import attention_blockwise
+from .attention_decode import attention_decode
 from .attention_reference import attention_reference
 from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import content_layout, query_slots, selected_keys, visible_keys
@@ -223,6 +225,10 @@ def masked_sparse_attention_forward(
         mask = dense_mask(attention_mask, query, key, sliding_window)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)
 
+    if settings is not None and not wants_weights and (attention_mask is None or is_layout(attention_mask)):
+        output = _sparse_attention(query, key, value, attention_mask, scaling, settings, kwargs.get("block_means"))
+        return output.transpose(1, 2).contiguous(), None
+
     outputs, weights = [], []
     for rows, visible in visible_rows(attention_mask, query, key, sliding_window):
         allowed = visible if settings is None else selected_keys(query[:, :, rows], key, visible, settings)
@@ -232,6 +238,23 @@ def masked_sparse_attention_forward(
             weights.append(weight)
     output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
     return output, torch.cat(weights, dim=2) if wants_weights else None
+
+
+def _sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor | None,
+    scaling: float,
+    settings: SparseAttentionConfig,
+    block_means: Tensor | None,
+) -> Tensor:
+    """Dispatch to the path that reads less: the blocks of each query by itself, or each block once for all queries."""
+    query_length, num_blocks = query.shape[2], key.shape[2] // settings.block_size
+    is_gathered = query_length == 1 or (layout is None and query_length * settings.budget_blocks <= num_blocks)
+    if is_gathered:
+        return attention_decode(query, key, value, layout, scaling, settings, block_means)
+    return attention_blockwise(query, key, value, layout, scaling, settings)
 
 
 def explicit_mask(
@@ -308,6 +331,13 @@ def bool_mask(attention_mask: Tensor) -> Tensor:
             "got other values; masked sparse attention has no position bias"
         )
     return visible
+
+
+def cache_kwargs(attention_mask: Tensor | None, settings: SparseAttentionConfig | None) -> dict[str, Any]:
+    """Return what a cache layer needs to keep block means: layout and block size, unless the mask is not a layout."""
+    if settings is None or (attention_mask is not None and not is_layout(attention_mask)):
+        return {}
+    return {"layout": attention_mask, "block_size": settings.block_size}
 
 
 def layer_settings(module: nn.Module, kwargs: dict[str, Any]) -> SparseAttentionConfig | None:

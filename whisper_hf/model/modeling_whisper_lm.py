@@ -41,7 +41,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import MASKED_SPARSE, explicit_mask, layout_from_inputs, refuse_unsupported
+from .attention import MASKED_SPARSE, cache_kwargs, explicit_mask, layout_from_inputs, refuse_unsupported
 from .attention_reference import attention_reference
 from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
 from .configuration_whisper_lm import (
@@ -201,12 +201,16 @@ class WhisperLMAttention(nn.Module):
 
         cos, sin = position_embeddings
         query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
+        sparse_attention = SparseAttentionConfig.from_value(self.config.sparse_attention) if self.is_sparse else None
+        block_means = None
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(
+                key, value, self.layer_idx, **cache_kwargs(attention_mask, sparse_attention)
+            )
+            block_means = getattr(past_key_values.layers[self.layer_idx], "block_means", None)
 
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        sparse_attention = SparseAttentionConfig.from_value(self.config.sparse_attention) if self.is_sparse else None
         if implementation != MASKED_SPARSE:
             refuse_unsupported(self, 0.0, kwargs)
             attention_mask = explicit_mask(query, key, attention_mask, sparse_attention)
@@ -219,6 +223,7 @@ class WhisperLMAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sparse_attention=sparse_attention,
+            block_means=block_means,
             **kwargs,
         )
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights

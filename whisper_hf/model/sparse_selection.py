@@ -78,6 +78,26 @@ def visible_keys(layout: Tensor | None, slots: Tensor, key_length: int, sliding_
     return visible[:, None]
 
 
+def content_order(layout: Tensor, last: Tensor, key_length: int) -> tuple[Tensor, Tensor]:
+    """Put the content that the last query of each row sees in order.
+
+    Args:
+        layout (`[B, 1, 1, S]`, int32): the layout.
+        last (`[B, 1]`, int64): slot of the last query.
+        key_length (`int`): `S`.
+
+    Returns:
+        The slot of each content token (`[B, S]`, int64; beyond a row's content any slot), and which slots hold content
+        (`[B, S]`, bool).
+    """
+    document = layout[:, 0, 0]
+    slot = torch.arange(key_length, device=layout.device)
+    visible = (document == document.gather(1, last).abs()) & (slot <= last)
+    target = torch.where(visible, visible.cumsum(1) - 1, key_length)  # hidden slots go to a place that is cut off
+    slot_of = slot.new_zeros(len(document), key_length + 1).scatter(1, target, slot.expand_as(target))
+    return slot_of[:, :-1], visible
+
+
 @torch.no_grad()
 def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseAttentionConfig) -> Tensor:
     """Restrict a causal mask to the sink, local and best-scoring blocks of each query.

@@ -1,0 +1,118 @@
+# Copyright 2026 The whisper_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Masked sparse attention of a few queries at the end of a long sequence: only what they attend to is read.
+
+The shape legend is that of `sparse_selection.py`; also `C` tokens per block and `P` blocks picked per query.
+"""
+
+import torch
+from torch import Tensor
+
+from .blockwise_plan import top_recent
+from .configuration_whisper_lm import SparseAttentionConfig
+from .sparse_selection import content_order, query_slots
+
+
+def attention_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor | None,
+    scaling: float,
+    settings: SparseAttentionConfig,
+    block_means: Tensor | None = None,
+) -> Tensor:
+    """Attend to the sink, local and chosen blocks, gathered per query; equals the reference.
+
+    Half-precision inputs are scored and normalised in float32. Nothing depends on data but values, so that a decoding
+    step can be compiled.
+
+    Args:
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype.
+        layout (`[B, 1, 1, S]`, int32, or `None`): must be `None` where `T > 1`.
+        scaling (`float`): factor on the logits.
+        settings (`SparseAttentionConfig`): block size and budget.
+        block_means (`[B, K, N, D]`, float32, *optional*): mean keys of the blocks of content, where a cache keeps them;
+            only complete blocks count.
+
+    Returns:
+        `[B, H, T, E]` in the dtype of `query`.
+    """
+    slot_of, last = _content(layout, query.shape[2], key.shape[2], key.device)
+    if block_means is None:
+        block_means = mean_blocks(key, slot_of, settings.block_size)
+    grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # [B, K, T, G, D]
+    picked, is_picked = _pick_blocks(grouped.detach().float().sum(3), block_means, last, settings)
+    content, allowed = _tokens(picked, is_picked, last, settings.block_size)  # [B, K, T, P * C]
+    slots = content if slot_of is None else slot_of[:, None, None].expand(*content.shape[:3], -1).gather(3, content)
+
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (grouped.to(dtype) * scaling) @ _gather(key, slots).to(dtype).transpose(3, 4)
+        logits = logits.masked_fill(~allowed[..., None, :], torch.finfo(dtype).min)
+        weights = logits.softmax(-1) * allowed[..., None, :]
+        output = weights @ _gather(value, slots).to(dtype)
+    return output.transpose(2, 3).flatten(1, 2).to(query.dtype)
+
+
+def mean_blocks(key: Tensor, slot_of: Tensor | None, block_size: int) -> Tensor:
+    """Return the mean keys of the complete blocks of content, `[B, K, S // C, D]`, float32, from all keys."""
+    complete = key.shape[2] // block_size
+    if slot_of is not None:
+        key = key.gather(2, slot_of[:, None, :, None].expand_as(key))
+    return key[:, :, : complete * block_size].float().unflatten(2, (complete, block_size)).mean(3)
+
+
+def _content(
+    layout: Tensor | None, query_length: int, key_length: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Return the slot of each content token (`[B, S]`; `None`: its index) and each query's last one (`[B or 1, T]`)."""
+    slots = query_slots(layout, query_length, key_length, device)
+    if layout is None:
+        return None, slots
+    slot_of, visible = content_order(layout, slots, key_length)
+    return slot_of, visible.sum(1, keepdim=True) - 1
+
+
+def _pick_blocks(
+    group_query: Tensor, block_means: Tensor, last: Tensor, settings: SparseAttentionConfig
+) -> tuple[Tensor, Tensor]:
+    """Return sink, local and chosen blocks of each query, `[B, K, T, P]`, and which of them it really attends to."""
+    current = (last.div(settings.block_size, rounding_mode="floor"))[:, None, :, None]  # [B or 1, 1, T, 1]
+    block = torch.arange(block_means.shape[2], device=last.device)
+    is_candidate = (block >= settings.sink_blocks) & (block <= current - settings.local_blocks)
+    scores = (group_query @ block_means.transpose(2, 3)).masked_fill(~is_candidate, float("-inf"))
+    chosen = top_recent(scores, settings.topk_blocks)
+    local = current - torch.arange(settings.local_blocks, device=last.device)
+    sink = torch.arange(settings.sink_blocks, device=last.device)
+    parts = (
+        (sink, sink <= current - settings.local_blocks),  # the others are local
+        (local, local >= 0),
+        (chosen, scores.gather(3, chosen) > float("-inf")),
+    )
+    shape = (*group_query.shape[:3], -1)
+    return tuple(torch.cat([part[i].expand(shape) for part in parts], dim=3) for i in (0, 1))  # type: ignore[return-value]
+
+
+def _tokens(picked: Tensor, is_picked: Tensor, last: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return content indices of the tokens of blocks, `[B, K, T, P * C]`, and which of them the query sees."""
+    content = picked[..., None] * block_size + torch.arange(block_size, device=picked.device)
+    allowed = is_picked[..., None] & (content <= last[:, None, :, None, None])
+    return torch.where(allowed, content, 0).flatten(3), allowed.flatten(3)
+
+
+def _gather(states: Tensor, slots: Tensor) -> Tensor:
+    """Take `[B, K, T, P * C, D]` from `[B, K, S, D]`."""
+    row, head = (torch.arange(size, device=states.device) for size in states.shape[:2])
+    return states[row[:, None, None, None], head[:, None, None], slots]
