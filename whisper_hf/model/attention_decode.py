@@ -53,7 +53,7 @@ def attention_decode(
     if block_means is None:
         block_means = mean_blocks(key, slot_of, settings.block_size)
     grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # [B, K, T, G, D]
-    picked, is_picked = _pick_blocks(grouped.detach().float().sum(3), block_means, last, settings)
+    picked, is_picked = _pick_blocks(grouped.float().sum(3), block_means, last, settings)
     content, allowed = _tokens(picked, is_picked, last, settings.block_size)  # [B, K, T, P * C]
     slots = content if slot_of is None else slot_of[:, None, None].expand(*content.shape[:3], -1).gather(3, content)
 
@@ -85,6 +85,7 @@ def _content(
     return slot_of, visible.sum(1, keepdim=True) - 1
 
 
+@torch.no_grad()
 def _pick_blocks(
     group_query: Tensor, block_means: Tensor, last: Tensor, settings: SparseAttentionConfig
 ) -> tuple[Tensor, Tensor]:

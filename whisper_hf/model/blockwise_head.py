@@ -115,6 +115,11 @@ def _exp_(logits: Tensor) -> Tensor:
     return logits.clamp_(min=UNDERFLOW).exp_()
 
 
+def _weights_(logits: Tensor) -> Tensor:
+    """Weights from logits less their log-sum-exp: at most 1, also for keys that the query does not see."""
+    return logits.clamp_(UNDERFLOW, 0.0).exp_()
+
+
 def _rows(states: Tensor, tile: slice | Tensor) -> Tensor:
     return states[tile] if isinstance(tile, slice) else states.index_select(0, tile)
 
@@ -211,7 +216,7 @@ def backward_head(
         for tile in tiles if own is None else [own, *tiles]:
             tile_queries = _rows(query_rows, tile).view(-1, keys.shape[1])
             tile_grads = _rows(grad_rows, tile).view(-1, values.shape[1])
-            weights = _exp_(tile_queries @ keys[bounds].T)
+            weights = _weights_(tile_queries @ keys[bounds].T)
             if tile is own:
                 weights.unflatten(0, (-1, query.shape[1])).masked_fill_(hidden_in_own_block(plan, block, tile), 0.0)
             grad_value[bounds].addmm_(weights.T, tile_grads)
@@ -238,7 +243,7 @@ def _backward_band(
     grad_key, grad_value = (rows.view(-1, size, rows.shape[-1]) for rows in results[1:])
     steps, seen = _band_steps(queries, settings)
     for step in steps:
-        weights = _exp_(query_blocks[step] @ key_windows[step].transpose(1, 2))
+        weights = _weights_(query_blocks[step] @ key_windows[step].transpose(1, 2))
         own = weights[..., -size:].unflatten(1, (size, groups))
         own *= seen
         logits_grad = (grad_blocks[step] @ value_windows[step].transpose(1, 2)).mul_(weights)

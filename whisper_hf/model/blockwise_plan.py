@@ -157,7 +157,7 @@ def top_recent(scores: Tensor, topk: int) -> Tensor:
     num_blocks = scores.shape[-1]
     if num_blocks <= topk:
         return torch.arange(num_blocks, device=scores.device).expand_as(scores)
-    if is_tracing(scores):
+    if not topk or is_tracing(scores):
         return _top_by_sort(scores, topk)
     values, indices = scores.topk(topk + 1)
     tied = (values[..., -1] == values[..., -2]) & (values[..., -1] > float("-inf"))
