@@ -190,13 +190,13 @@ def main() -> None:
         parser.error(f"--longest must be at least 1024, got {options.longest}")
     torch.set_num_threads(1)
     flops, rows = peak_flops(), measure(options)
-    longest = max(row["length"] for row in rows)
-    memory = {name: peak_memory(prepare_memory, name, longest) for name in ("dense", "sparse")}
+    trained = [row["length"] for row in rows if "backward" in row["what"]]
+    memory = {name: peak_memory(prepare_memory, name, max(trained)) for name in ("dense", "sparse") if trained}
 
     print(f"\n{report(rows)}\n")
-    print(f"peak memory above the inputs, forward + backward at {longest}: {memory} MB")
+    print(f"peak memory above the inputs, forward + backward at {max(trained, default=0)}: {memory} MB")
     options.output.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "flops": flops, "memory": {"length": longest, **memory}, "torch": torch.__version__}
+    results = {"rows": rows, "flops": flops, "memory": memory, "torch": torch.__version__}
     (options.output / "attention.json").write_text(json.dumps(results, indent=1) + "\n")
     if any(row["what"] == "forward, random" for row in rows):
         plot(rows, flops, options.output / "attention.svg")

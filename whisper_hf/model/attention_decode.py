@@ -115,5 +115,11 @@ def _tokens(picked: Tensor, is_picked: Tensor, last: Tensor, block_size: int) ->
 
 def _gather(states: Tensor, slots: Tensor) -> Tensor:
     """Take `[B, K, T, P * C, D]` from `[B, K, S, D]`."""
-    row, head = (torch.arange(size, device=states.device) for size in states.shape[:2])
-    return states[row[:, None, None, None], head[:, None, None], slots]
+    batch, heads, length, width = states.shape
+    row = torch.arange(batch * heads, device=states.device).view(batch, heads, 1, 1)
+    head_stride = states.stride(1)
+    if states.stride() != (heads * head_stride, head_stride, width, 1) or head_stride % width:
+        return states[row // heads, row % heads, slots]
+    # a buffer with room to spare, seen as rows: selecting whole rows is several times faster than indexing
+    rows = states.as_strided(((batch * heads - 1) * (head_stride // width) + length, width), (width, 1))
+    return rows.index_select(0, (row * (head_stride // width) + slots).flatten()).view(*slots.shape, width)
