@@ -13,9 +13,9 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from whisper_hf.model import attention, modeling_whisper_lm
+from whisper_hf.model import attention
 from whisper_hf.model.attention import masked_sparse_attention_forward
-from whisper_hf.model.attention_reference import attention_reference
+from whisper_hf.model.attention_reference import attention_reference, eager_attention_forward
 from whisper_hf.model.configuration_whisper_lm import SparseAttentionConfig
 
 from .conftest import LENGTH, SPARSE, VOCABULARY, tiny_model, tokens
@@ -64,7 +64,7 @@ def test_backend_matches_reference_in_value_and_gradient(backend: str, padded: b
     def tested(query, key, value):
         if backend == "masked_sparse":
             return masked_sparse_attention_forward(module_with(), query, key, value, layout, scaling=0.25)[0]
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(backend, modeling_whisper_lm.eager_attention_forward)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         return interface(module_with(), query, key, value, allowed, scaling=0.25)[0]
 
     exact = run(oracle, [tensor.detach().double().requires_grad_() for tensor in inputs])

@@ -13,8 +13,10 @@
 # limitations under the License.
 """Attention over a given set of keys, written as the equation reads: the oracle for every faster path."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def attention_reference(
@@ -44,3 +46,29 @@ def attention_reference(
         # the finite fill and the product keep rows without any allowed key at zero, in value and in gradient
         weights = logits.masked_fill(~allowed, torch.finfo(dtype).min).softmax(-1) * allowed
         return (weights @ value).to(query.dtype), weights.to(query.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with explicit weights; `attention_mask` is `[B, H or 1, T, S]` bool, or `None` for plain causal.
+
+    Returns:
+        output (`[B, T, H, D]`) and weights (`[B, H, T, S]`), in the dtype of `query`.
+    """
+    if attention_mask is None:
+        query_length, key_length = query.shape[2], key.shape[2]
+        attention_mask = query.new_ones(query_length, key_length, dtype=torch.bool)
+        attention_mask = attention_mask.tril(key_length - query_length)[None, None]
+    output, weights = attention_reference(query, key, value, attention_mask, scaling)
+    if dropout:
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        output = weights @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return output.transpose(1, 2).contiguous(), weights

@@ -42,7 +42,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import MASKED_SPARSE, cache_kwargs, explicit_mask, layout_from_inputs, refuse_unsupported
-from .attention_reference import attention_reference
+from .attention_reference import eager_attention_forward
 from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
 from .configuration_whisper_lm import (
     FULL_ATTENTION,
@@ -127,32 +127,6 @@ class WhisperLMMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `[..., hidden_size]` to the same shape."""
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention with explicit weights; `attention_mask` is `[B, H or 1, T, S]` bool, or `None` for plain causal.
-
-    Returns:
-        output (`[B, T, H, D]`) and weights (`[B, H, T, S]`), in the dtype of `query`.
-    """
-    if attention_mask is None:
-        query_length, key_length = query.shape[2], key.shape[2]
-        attention_mask = query.new_ones(query_length, key_length, dtype=torch.bool)
-        attention_mask = attention_mask.tril(key_length - query_length)[None, None]
-    output, weights = attention_reference(query, key, value, attention_mask, scaling)
-    if dropout:
-        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-        output = weights @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return output.transpose(1, 2).contiguous(), weights
 
 
 class WhisperLMAttention(nn.Module):
