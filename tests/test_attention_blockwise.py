@@ -1,5 +1,7 @@
 """The fast paths: the reference's values and gradients over shapes, layouts and adversarial inputs; that they run."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,14 @@ from whisper_hf.model.sparse_selection import content_layout
 from .conftest import LENGTH, tiny_model, tokens
 
 SETTINGS = SparseAttentionConfig(block_size=16, topk_blocks=2, local_blocks=2, sink_blocks=1)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    """Poison what is allocated and not written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def inputs(

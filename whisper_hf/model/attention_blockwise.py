@@ -68,6 +68,9 @@ def _attend(
     """Return output (`[B, H, T, E]`), log-sum-exp (`[B, H, T]`, nats) and chosen blocks (`[B, K, T, topk]`, int32)."""
     settings = SparseAttentionConfig(block_size, topk_blocks, local_blocks, sink_blocks)
     output, lse, chosen = _empty_outputs(query, key, value, topk_blocks)
+    if layout is not None:  # some queries may see nothing
+        for empty in (output, lse, chosen):
+            empty.zero_()
     with torch.autocast(query.device.type, enabled=False):
         for head in _heads(layout, query, key, value, block_size):
             queries, keys, values = head.of_queries(query), head.of_keys(key), head.of_keys(value)
@@ -86,9 +89,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, layout: Any, scaling: Any, bloc
 
 def _empty_outputs(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
-    output = query.new_zeros(*query.shape[:3], value.shape[-1])
-    lse = query.new_zeros(query.shape[:3], dtype=dtype)
-    chosen = query.new_zeros((*key.shape[:2], query.shape[2], topk), dtype=torch.int32)
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    lse = query.new_empty(query.shape[:3], dtype=dtype)
+    chosen = query.new_empty((*key.shape[:2], query.shape[2], topk), dtype=torch.int32)
     return output, lse, chosen
 
 

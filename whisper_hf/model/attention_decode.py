@@ -18,6 +18,8 @@ The shape legend is that of `sparse_selection.py`; also `C` tokens per block and
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.utils.import_utils import is_tracing
 
 from .blockwise_plan import top_recent
 from .configuration_whisper_lm import SparseAttentionConfig
@@ -49,6 +51,8 @@ def attention_decode(
     Returns:
         `[B, H, T, E]` in the dtype of `query`.
     """
+    if layout is None and query.shape[2] == 1 and not settings.covers(key.shape[2]) and not is_tracing(query):
+        return _attend_last(query, key, value, scaling, settings, block_means)
     slot_of, last = _content(layout, query.shape[2], key.shape[2], key.device)
     if block_means is None:
         block_means = mean_blocks(key, slot_of, settings.block_size)
@@ -64,6 +68,26 @@ def attention_decode(
         weights = logits.softmax(-1) * allowed[..., None, :]
         output = weights @ _gather(value, slots).to(dtype)
     return output.transpose(2, 3).flatten(1, 2).to(query.dtype)
+
+
+def _attend_last(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, settings: SparseAttentionConfig, means: Tensor | None
+) -> Tensor:
+    """Attend from one query behind more keys than the budget: which blocks exist is known, and nothing is masked."""
+    batch, kv_heads, length = key.shape[:3]
+    size = settings.block_size
+    first, end = settings.sink_blocks, (length - 1) // size - settings.local_blocks + 1  # the candidates
+    packed = query.unflatten(1, (kv_heads, -1)).squeeze(3)  # [B, K, G, D]
+    with torch.autocast(query.device.type, enabled=False):
+        with torch.no_grad():
+            means = mean_blocks(key, None, size) if means is None else means
+            scores = packed.float().sum(2, keepdim=True) @ means[:, :, first:end].transpose(2, 3)
+            chosen = top_recent(scores, settings.topk_blocks).transpose(2, 3) + first
+            far = (chosen * size + torch.arange(size, device=key.device)).flatten(2)
+            fixed = [torch.arange(first * size, device=key.device), torch.arange(end * size, length, device=key.device)]
+            slots = torch.cat([far, torch.cat(fixed).expand(batch, kv_heads, -1)], dim=2)
+        output = scaled_dot_product_attention(packed, _gather(key, slots), _gather(value, slots), scale=scaling)
+    return output.flatten(1, 2)[:, :, None]
 
 
 def mean_blocks(key: Tensor, slot_of: Tensor | None, block_size: int) -> Tensor:
@@ -114,9 +138,9 @@ def _tokens(picked: Tensor, is_picked: Tensor, last: Tensor, block_size: int) ->
 
 
 def _gather(states: Tensor, slots: Tensor) -> Tensor:
-    """Take `[B, K, T, P * C, D]` from `[B, K, S, D]`."""
+    """Take `[B, K, ..., D]` from `[B, K, S, D]`, by slots `[B, K, ...]`."""
     batch, heads, length, width = states.shape
-    row = torch.arange(batch * heads, device=states.device).view(batch, heads, 1, 1)
+    row = torch.arange(batch * heads, device=states.device).view(batch, heads, *[1] * (slots.dim() - 2))
     head_stride = states.stride(1)
     if states.stride() != (heads * head_stride, head_stride, width, 1) or head_stride % width:
         return states[row // heads, row % heads, slots]
