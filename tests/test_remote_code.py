@@ -38,6 +38,7 @@ torch.save({
     "implementation": model.config._attn_implementation,
     "module": type(model).__module__,
     "logits": model(ids).logits,
+    "gradient": torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0],
     "padded": model(ids, attention_mask=attention_mask).logits,
     "again": again(ids).logits,
     "dense": dense(ids).logits,
@@ -51,10 +52,10 @@ torch.save({
 @pytest.mark.parametrize("from_folder_of_package", [False, True], ids=["elsewhere", "in the repository"])
 def test_remote_code_without_the_plugin(tmp_path: Path, from_folder_of_package: bool) -> None:
     model, ids = tiny_model(), tokens()
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "my-model v1.0+é")  # operators are named after the folder
     torch.save(ids, tmp_path / "ids.pt")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    arguments = [str(tmp_path / "saved"), str(tmp_path / "ids.pt"), str(tmp_path)]
+    arguments = [str(tmp_path / "my-model v1.0+é"), str(tmp_path / "ids.pt"), str(tmp_path)]
     where = ROOT if from_folder_of_package else tmp_path
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_PLUGIN, *arguments], env=environment, cwd=where, capture_output=True, text=True
@@ -66,6 +67,8 @@ def test_remote_code_without_the_plugin(tmp_path: Path, from_folder_of_package: 
     attention_mask = torch.ones_like(ids)
     attention_mask[0, :30] = 0
     assert torch.equal(result["logits"], model(ids).logits)
+    expected = torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0]
+    assert torch.equal(result["gradient"], expected)
     assert torch.equal(result["again"], model(ids).logits)
     assert torch.equal(result["padded"], model(ids, attention_mask=attention_mask).logits)
     assert torch.equal(result["hidden"], model.model(ids).last_hidden_state)

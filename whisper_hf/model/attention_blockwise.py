@@ -18,6 +18,7 @@ arithmetic is in `blockwise_head.py`, the bookkeeping in `blockwise_plan.py`, wh
 query heads per key-value head and `E` value dimension. Both are custom operators, opaque to `torch.compile`.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ from .blockwise_head import backward_head, forward_head
 from .blockwise_plan import RowPlan, choose_blocks, plan_rows
 from .configuration_whisper_lm import SparseAttentionConfig
 
-NAMESPACE = __name__.replace(".", "_")  # a copy that is loaded as remote code registers operators of its own
+# a copy that is loaded as remote code registers operators of its own, named after its folder
+NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 def attention_blockwise(
