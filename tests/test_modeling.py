@@ -152,6 +152,13 @@ def test_meta_device_initialisation_and_materialisation(tmp_path, model, input_i
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "masked_sparse"])
+def test_shapes_can_be_had_on_the_meta_device(backend: str) -> None:
+    with torch.device("meta"):
+        empty = WhisperLMForCausalLM(tiny_config(attn_implementation=backend))
+    assert empty(tokens().to("meta")).logits.shape == (2, LENGTH, VOCABULARY)
+
+
 def test_parallel_plans_name_modules_that_exist(model) -> None:
     names = {name for name, _ in model.named_modules()}
     for pattern in model.tp_plan:

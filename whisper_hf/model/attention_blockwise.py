@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
 from .blockwise_head import backward_head, forward_head
 from .blockwise_plan import RowPlan, choose_blocks, plan_rows
@@ -73,7 +74,7 @@ def _attend(
     if layout is not None:  # some queries may see nothing
         for empty in (output, lse, chosen):
             empty.zero_()
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         for head in _heads(layout, query, key, value, block_size):
             queries, keys, values = head.of_queries(query), head.of_keys(key), head.of_keys(value)
             picked = choose_blocks(queries.float().sum(1), keys.float(), head.plan, settings)
@@ -120,7 +121,7 @@ def _attend_backward(
     """Return the gradients of query, key and value, in their shapes and dtypes."""
     settings = SparseAttentionConfig(block_size, topk_blocks, local_blocks, sink_blocks)
     grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         for head in _heads(layout, query, key, value, block_size):
             upstream, queries, result, sums = (head.of_queries(x) for x in (grad, query, output, lse[..., None]))
             query_grad, key_grad, value_grad = backward_head(

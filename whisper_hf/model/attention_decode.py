@@ -19,6 +19,7 @@ The shape legend is that of `sparse_selection.py`; also `C` tokens per block and
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
 from .blockwise_plan import top_recent
@@ -62,7 +63,7 @@ def attention_decode(
     slots = content if slot_of is None else slot_of[:, None, None].expand(*content.shape[:3], -1).gather(3, content)
 
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         logits = (grouped.to(dtype) * scaling) @ _gather(key, slots).to(dtype).transpose(3, 4)
         logits = logits.masked_fill(~allowed[..., None, :], torch.finfo(dtype).min)
         weights = logits.softmax(-1) * allowed[..., None, :]
@@ -78,7 +79,7 @@ def _attend_last(
     size = settings.block_size
     first, end = settings.sink_blocks, (length - 1) // size - settings.local_blocks + 1  # the candidates
     packed = query.unflatten(1, (kv_heads, -1)).squeeze(3)  # [B, K, G, D]
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         with torch.no_grad():
             means = mean_blocks(key, None, size) if means is None else means
             scores = packed.float().sum(2, keepdim=True) @ means[:, :, first:end].transpose(2, 3)

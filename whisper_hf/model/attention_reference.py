@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 
 def attention_reference(
@@ -40,7 +41,7 @@ def attention_reference(
     groups = query.shape[1] // key.shape[1]
     if allowed.shape[1] == key.shape[1]:
         allowed = allowed.repeat_interleave(groups, dim=1)
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         key, value = (states.to(dtype).repeat_interleave(groups, dim=1) for states in (key, value))
         logits = query.to(dtype) @ key.transpose(2, 3) * scaling
         # the finite fill and the product keep rows without any allowed key at zero, in value and in gradient

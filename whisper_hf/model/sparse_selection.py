@@ -24,6 +24,7 @@ passes four-dimensional masks on untouched, and one row because nothing about it
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_whisper_lm import SparseAttentionConfig
 
@@ -120,7 +121,7 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
     block_of_key = position // settings.block_size  # [B, 1, T, S]
     current = block_of_key[..., -1:]
 
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         group_query = query.float().unflatten(1, (key.shape[1], -1)).sum(2)  # [B, K, T, D]
         products = (group_query @ key.float().transpose(2, 3)).masked_fill(~visible, 0.0)
     scores = products.new_zeros(*products.shape[:3], num_blocks)
