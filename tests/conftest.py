@@ -16,6 +16,15 @@ ROOT = Path(__file__).parents[1]
 SPARSE = {"block_size": 16, "topk_blocks": 1, "local_blocks": 1, "sink_blocks": 1}  # 48 tokens
 LENGTH = 160  # more than three times that
 VOCABULARY = 120
+SIZES = {  # of the dense and foreign models
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,  # large enough for attention to be far from uniform
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +37,7 @@ def _fixed_seed() -> Iterator[None]:
 def tiny_config(**overrides: object) -> WhisperLMConfig:
     """Return the config of a two-layer model with grouped queries and query-key norms."""
     values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "use_qk_norm": True,
         "tie_word_embeddings": False,
         "max_position_embeddings": 512,
@@ -41,7 +45,6 @@ def tiny_config(**overrides: object) -> WhisperLMConfig:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "initializer_range": 0.2,  # large enough for attention to be far from uniform
     }
     return WhisperLMConfig(**{**values, **overrides})
 

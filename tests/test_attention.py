@@ -18,7 +18,7 @@ from whisper_hf.model.attention import masked_sparse_attention_forward
 from whisper_hf.model.attention_reference import attention_reference, eager_attention_forward
 from whisper_hf.model.configuration_whisper_lm import SparseAttentionConfig
 
-from .conftest import LENGTH, SPARSE, VOCABULARY, tiny_model, tokens
+from .conftest import LENGTH, SIZES, SPARSE, VOCABULARY, tiny_model, tokens
 
 BACKENDS = ["eager", "sdpa", "masked_sparse"]
 
@@ -169,17 +169,7 @@ def test_output_attentions_are_the_weights_used(backend: str) -> None:
 
 def foreign_model(**overrides: object) -> torch.nn.Module:
     """Return a tiny Qwen3 with wide random weights."""
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.2,
-        **overrides,
-    )
+    config = Qwen3Config(**SIZES, head_dim=8, **overrides)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -286,15 +276,7 @@ def test_sliding_layers_get_exactly_their_window(count_calls) -> None:
 
 
 def test_what_cannot_be_honoured_is_refused_with_the_remedy() -> None:
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attn_implementation": "masked_sparse",
-    }
+    sizes = {**SIZES, "attn_implementation": "masked_sparse"}
     softcapped = AutoModelForCausalLM.from_config(Gemma2Config(**sizes, head_dim=8))
     with pytest.raises(ValueError, match=r"softcapping.*eager"):
         softcapped(tokens())

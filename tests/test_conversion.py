@@ -21,20 +21,9 @@ from transformers import (
 
 from whisper_hf import WhisperLMForCausalLM, conversion, convert_checkpoint, from_dense, to_dense
 
-from .conftest import LENGTH, SPARSE, VOCABULARY, tiny_model, tokens
+from .conftest import LENGTH, SIZES, SPARSE, tiny_model, tokens
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
+DENSE_SIZES = {**SIZES, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 2}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -44,12 +33,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 DENSE = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3),
-    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=16),
-    "mistral with an idle window": MistralConfig(**SIZES, sliding_window=512),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "llama": LlamaConfig(**DENSE_SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama with biases": LlamaConfig(**DENSE_SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**DENSE_SIZES, sliding_window=None, head_dim=16),
+    "mistral with an idle window": MistralConfig(**DENSE_SIZES, sliding_window=512),
+    "qwen2": Qwen2Config(**DENSE_SIZES),
+    "qwen3": Qwen3Config(**DENSE_SIZES, head_dim=16, tie_word_embeddings=True),
 }
 
 
@@ -155,9 +144,9 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch) 
     ("config", "words"),
     [
         (GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1), ["gpt2", "llama"]),
-        (MistralConfig(**SIZES, sliding_window=100), ["sliding_window=100", "masked_sparse"]),
+        (MistralConfig(**DENSE_SIZES, sliding_window=100), ["sliding_window=100", "masked_sparse"]),
         (
-            Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=64, max_window_layers=1),
+            Qwen2Config(**DENSE_SIZES, use_sliding_window=True, sliding_window=64, max_window_layers=1),
             ["sliding_window=64", "None"],
         ),
     ],

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Quanti
 
 from whisper_hf import WhisperLMForCausalLM, from_dense
 
-from .conftest import LENGTH, SPARSE, VOCABULARY, tiny_config, tiny_model, tokens
+from .conftest import LENGTH, SIZES, SPARSE, VOCABULARY, tiny_config, tiny_model, tokens
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 MIXED = ["full_attention", "masked_sparse_attention"]
@@ -58,16 +58,7 @@ def test_causal_gradient(model: WhisperLMForCausalLM) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_dense_limit(backend: str, dtype: torch.dtype) -> None:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attn_implementation="sdpa" if backend == "masked_sparse" else backend,
-    )
+    config = LlamaConfig(**SIZES, attn_implementation="sdpa" if backend == "masked_sparse" else backend)
     dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     covered = from_dense(dense, {"block_size": 16, "topk_blocks": 8, "local_blocks": 1, "sink_blocks": 1})
     covered.set_attn_implementation(backend)

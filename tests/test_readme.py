@@ -6,18 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from .conftest import ROOT, VOCABULARY
+from .conftest import ROOT, SIZES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(**SIZES), "Qwen/Qwen3-0.6B": Qwen3Config(**SIZES)}
 
 
