@@ -204,7 +204,7 @@ def masked_sparse_attention_forward(
         module (`nn.Module`): the attention layer; its `config.sparse_attention` holds the budget, unless the layer
             passes `sparse_attention` itself.
         query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype.
-        attention_mask: a layout, `None`, or a `[B, 1, T, S]` mask, bool or additive (0 and the dtype's minimum).
+        attention_mask: a layout, `None`, or a `[B, 1, T, S]` mask, bool or additive (0, or at most -10,000).
         scaling (`float`, *optional*): factor on the logits, `D ** -0.5` by default.
         dropout (`float`): must be 0.
         sliding_window (`int`, *optional*): exactly this window, and no selection.
