@@ -2,6 +2,7 @@
 
     python examples/benchmarks/attention.py                      # 1k to 32k tokens, about five minutes
     python examples/benchmarks/attention.py --longest 131072     # to 128k: half an hour, nearly all of it dense
+    python examples/benchmarks/attention.py --compare            # also whole layers, and that of MiniMax-M3, to 4k
 
 Prints ratios of medians (dense over sparse: above 1, sparse is faster), and writes them with the times and a plot to
 `--output`. Shapes: 8 query heads, 2 key-value heads, head dimension 64, float32, blocks of 64.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from layers import NOTE, is_available, measure_layers, report_layers
 from measuring import alternate, peak_memory
 from tabulate import tabulate
 from torch import Tensor
@@ -141,6 +143,13 @@ def measure(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def compare(options: argparse.Namespace) -> list[dict]:
+    """Measure whole attention layers: dense, sparse as in MiniMax-M3, and ours."""
+    sizes = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    sizes["hidden_size"] = HEADS * HEAD_DIM
+    return measure_layers(sizes, PREFILL, options.longest, options.seconds, lambda what: (options.only or "") in what)
+
+
 def report(rows: list[dict]) -> str:
     """Return the ratios as a table: a line for each measurement, a column for each length."""
     lengths = sorted({row["length"] for row in rows})
@@ -183,20 +192,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--longest", type=int, default=32768, help="longest sequence, in tokens (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each comparison (default: %(default)s)")
-    parser.add_argument("--only", help="measure only what contains this, such as 'decode' or 'forward, random'")
+    parser.add_argument(
+        "--only", help="measure only what contains this, such as 'decode', 'forward, random' or 'layer'"
+    )
+    parser.add_argument("--compare", action="store_true", help="also whole layers, and that of MiniMax-M3, up to 4k")
     parser.add_argument("--output", type=Path, default=Path("runs/attention"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     if options.longest < 1024:
         parser.error(f"--longest must be at least 1024, got {options.longest}")
+    if options.compare and not is_available():
+        parser.error("--compare needs a transformers that has MiniMax-M3, got one without; pip install -U transformers")
     torch.set_num_threads(1)
     flops, rows = peak_flops(), measure(options)
+    layers = compare(options) if options.compare else []
     trained = [row["length"] for row in rows if "backward" in row["what"]]
     memory = {name: peak_memory(prepare_memory, name, max(trained)) for name in ("dense", "sparse") if trained}
 
-    print(f"\n{report(rows)}\n")
-    print(f"peak memory above the inputs, forward + backward at {max(trained, default=0)}: {memory} MB")
+    if rows:
+        print(f"\n{report(rows)}\n")
+        print(f"peak memory above the inputs, forward + backward at {max(trained, default=0)}: {memory} MB")
+    if layers:
+        print(f"\n{report_layers(layers)}\n{NOTE}")
     options.output.mkdir(parents=True, exist_ok=True)
-    results = {"rows": rows, "flops": flops, "memory": memory, "torch": torch.__version__}
+    results = {"rows": rows, "layers": layers, "flops": flops, "memory": memory, "torch": torch.__version__}
     (options.output / "attention.json").write_text(json.dumps(results, indent=1) + "\n")
     if any(row["what"] == "forward, random" for row in rows):
         plot(rows, flops, options.output / "attention.svg")
