@@ -164,6 +164,11 @@ def test_what_cannot_be_represented_is_refused(config, words: list[str], tmp_pat
     assert not (tmp_path / "sparse").exists()
 
 
+def test_loading_options_for_a_loaded_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes no \['dtype'\]"):
+        from_dense(dense_model("llama"), dtype=torch.bfloat16)
+
+
 def test_quantized_weights_are_refused() -> None:
     dense = dense_model("llama")
     dense.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)

@@ -9,7 +9,6 @@ is the whole table. RoPE, sizes and token ids carry over by name.
 import argparse
 import copy
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,14 @@ def from_dense(
         generation config. Where the sparse budget covers a sequence its logits are those of the source.
 
     Raises:
-        ValueError: another architecture, an option that WhisperLM cannot represent, quantized weights.
+        ValueError: another architecture, an option that WhisperLM cannot represent, quantized weights, or options for
+            loading a model that is loaded already.
     """
     if isinstance(source, PreTrainedModel):
+        if from_pretrained_kwargs:
+            raise ValueError(
+                f"a model that is loaded already takes no {sorted(from_pretrained_kwargs)}; leave them out"
+            )
         config = sparse_config(source.config, sparse_attention)
         weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
     else:
@@ -232,20 +236,18 @@ def convert_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"the target {str(target)!r} exists and is not an empty folder; name another one")
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        folder = Path(scratch, "checkpoint")
+        folder.mkdir()
         if dense:
             model = to_dense(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
         else:
             model = from_dense(source, sparse_attention)
-        model.save_pretrained(scratch, max_shard_size=max_shard_size)
-        _save_tokenizer(source, scratch)
-        scratch.chmod(0o777 & ~_umask())
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _save_tokenizer(source, folder)
         if target.exists():
             target.rmdir()
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        folder.rename(target)
 
 
 def _save_tokenizer(source: str | os.PathLike, folder: Path) -> None:
@@ -255,12 +257,6 @@ def _save_tokenizer(source: str | os.PathLike, folder: Path) -> None:
         logger.warning(f"{source} has no tokenizer that could be carried along: {error}")
     else:
         tokenizer.save_pretrained(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -92,7 +92,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, layout: Any, scaling: Any, bloc
 
 def _empty_outputs(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
-    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    batch, heads, length = query.shape[:3]
+    output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # as the layer wants it, uncopied
     lse = query.new_empty(query.shape[:3], dtype=dtype)
     chosen = query.new_empty((*key.shape[:2], query.shape[2], topk), dtype=torch.int32)
     return output, lse, chosen
@@ -152,7 +153,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    grads = _attend_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    grads = _attend_backward(grad, *ctx.saved_tensors, *ctx.numbers)
     return (*grads, *[None] * (1 + len(ctx.numbers)))
 
 

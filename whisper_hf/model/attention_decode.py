@@ -22,9 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
-from .blockwise_plan import top_recent
 from .configuration_whisper_lm import SparseAttentionConfig
-from .sparse_selection import content_order, query_slots
+from .sparse_selection import content_order, query_slots, top_recent
 
 
 def attention_decode(

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.utils.import_utils import is_tracing
 
 from .configuration_whisper_lm import SparseAttentionConfig
-from .sparse_selection import query_slots
+from .sparse_selection import query_slots, top_recent
 
 QUERIES_PER_TILE = 1024  # handled at once: their rows and logits stay in a core's cache
 
@@ -147,29 +146,6 @@ def _block_means(key: Tensor, plan: RowPlan, block_size: int) -> Tensor:
     lengths = torch.tensor(bounds, device=key.device).diff()
     block = torch.repeat_interleave(torch.arange(len(lengths), device=key.device), lengths)
     return key.new_zeros(len(lengths), key.shape[1]).index_add_(0, block, key) / block_size
-
-
-def top_recent(scores: Tensor, topk: int) -> Tensor:
-    """Return the indices of the `topk` largest of each row of `[..., N]`; among equals the larger index wins.
-
-    Where traced, ties are always broken by a stable sort; else only in rows that have one at the boundary.
-    """
-    num_blocks = scores.shape[-1]
-    if num_blocks <= topk:
-        return torch.arange(num_blocks, device=scores.device).expand_as(scores)
-    if not topk or is_tracing(scores):
-        return _top_by_sort(scores, topk)
-    values, indices = scores.topk(topk + 1)
-    tied = (values[..., -1] == values[..., -2]) & (values[..., -1] > float("-inf"))
-    indices = indices[..., :topk]
-    if tied.any():  # `topk` breaks ties as it likes
-        indices[tied] = _top_by_sort(scores[tied], topk)
-    return indices
-
-
-def _top_by_sort(scores: Tensor, topk: int) -> Tensor:
-    recent_first = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-    return scores.shape[-1] - 1 - recent_first
 
 
 def attending_tiles(

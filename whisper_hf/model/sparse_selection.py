@@ -25,6 +25,7 @@ passes four-dimensional masks on untouched, and one row because nothing about it
 import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
+from transformers.utils.import_utils import is_tracing
 
 from .configuration_whisper_lm import SparseAttentionConfig
 
@@ -145,8 +146,29 @@ def top_blocks(scores: Tensor, candidate: Tensor, topk: int) -> Tensor:
     Returns:
         `[..., N]`, bool.
     """
-    num_blocks = scores.shape[-1]
-    recent_first = scores.masked_fill(~candidate, float("-inf")).flip(-1)
-    order = recent_first.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-    marked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, num_blocks - 1 - order, True)
+    best = _top_by_sort(scores.masked_fill(~candidate, float("-inf")), topk)
+    marked = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
     return marked & candidate
+
+
+def top_recent(scores: Tensor, topk: int) -> Tensor:
+    """Return the indices of the `topk` largest of each row of `[..., N]`; among equals the larger index wins.
+
+    Where traced, ties are always broken by a stable sort; else only in rows that have one at the boundary.
+    """
+    num_blocks = scores.shape[-1]
+    if num_blocks <= topk:
+        return torch.arange(num_blocks, device=scores.device).expand_as(scores)
+    if not topk or is_tracing(scores):
+        return _top_by_sort(scores, topk)
+    values, indices = scores.topk(topk + 1)
+    tied = (values[..., -1] == values[..., -2]) & (values[..., -1] > float("-inf"))
+    indices = indices[..., :topk]
+    if tied.any():  # `topk` breaks ties as it likes
+        indices[tied] = _top_by_sort(scores[tied], topk)
+    return indices
+
+
+def _top_by_sort(scores: Tensor, topk: int) -> Tensor:
+    recent_first = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    return scores.shape[-1] - 1 - recent_first
