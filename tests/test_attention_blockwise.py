@@ -63,7 +63,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, 
 
 
 def assert_same(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, settings=SETTINGS, **close) -> None:
-    """Compare output and gradients of the fast path with the reference's."""
+    """Compare output (with and without gradients) and gradients of the fast path with the reference's."""
     upstream, scaling = torch.randn_like(query), query.shape[-1] ** -0.5
     results = []
     for forward in (attention_blockwise.attention_blockwise, reference):
@@ -72,6 +72,9 @@ def assert_same(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None
     for name, got, expected in zip("oqkv", *results, strict=True):
         assert got.dtype == expected.dtype, name
         torch.testing.assert_close(got, expected, **close, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        got = attention_blockwise.attention_blockwise(query, key, value, layout, scaling, settings)
+    torch.testing.assert_close(got, results[1][0], **close)
 
 
 LAYOUTS = ["none", "left", "right", "holes", "packed", "packed with holes", "all hidden", "one token"]
@@ -101,7 +104,21 @@ def test_blockwise_matches_reference_at_every_budget(
     assert_same(*inputs(queries=length, keys=length), None, settings, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 40, 202])
+def test_the_covered_beginning_is_left_to_fused_attention_only_in_short_sequences_without_gradients(
+    count_calls,
+) -> None:
+    dense = count_calls(attention_blockwise, "sdpa")
+    for length, expected in ((81, 1), (320, 1), (321, 0)):  # the budget is 80 tokens
+        tensors = inputs(queries=length, keys=length)
+        attention_blockwise.attention_blockwise(*tensors, None, 0.2, SETTINGS)
+        assert not dense
+        with torch.no_grad():
+            attention_blockwise.attention_blockwise(*tensors, None, 0.2, SETTINGS)
+        assert len(dense) == expected
+        dense.clear()
+
+
+@pytest.mark.parametrize("queries", [1, 2, 40, 43, 107, 202])
 def test_blockwise_matches_reference_behind_a_cache(queries: int) -> None:
     assert_same(*inputs(queries=queries), None, rtol=1e-4, atol=1e-5)
 
@@ -209,6 +226,20 @@ def test_decode_matches_reference_at_every_budget(settings: SparseAttentionConfi
     query, key, value = inputs(queries=queries)
     got = attention_decode.attention_decode(query, key, value, None, 0.2, settings)
     torch.testing.assert_close(got, reference(query, key, value, None, 0.2, settings), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 16, 64])
+def test_decode_matches_reference_on_a_view_of_a_larger_buffer(offset: int) -> None:
+    """Whole blocks are taken from a buffer only where its memory holds them all."""
+    query, key, value = (tensor.detach() for tensor in inputs(queries=1, keys=192))
+    views = []
+    for states in (key, value):
+        buffer = torch.full((2, 2, 256, 32), float("nan"))
+        buffer[:, :, offset : offset + 192] = states
+        views.append(buffer[:, :, offset : offset + 187])
+    got = attention_decode.attention_decode(query, *views, None, 0.2, SETTINGS)
+    expected = reference(query, key[:, :, :187], value[:, :, :187], None, 0.2, SETTINGS)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_decode_reads_only_chosen_blocks_and_summaries() -> None:

@@ -25,12 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.utils.generic import maybe_autocast
 
 from .blockwise_head import backward_head, forward_head
 from .blockwise_plan import RowPlan, choose_blocks, plan_rows
 from .configuration_whisper_lm import SparseAttentionConfig
 
+LONGEST_SPLIT = 4  # times the budget; in longer sequences dense attention for the first queries gains nothing
 # a copy that is loaded as remote code registers operators of its own, named after its folder
 NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
@@ -39,6 +41,9 @@ def attention_blockwise(
     query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float, settings: SparseAttentionConfig
 ) -> Tensor:
     """Attend to the sink, local and chosen blocks; equals the reference in value and gradient.
+
+    Without gradients, short sequences leave the first queries, whose past the budget covers, to PyTorch's own fused
+    attention, whose backward pass is less safe against huge logits.
 
     Half-precision inputs are computed in float32 and returned in their own dtype; float64 stays float64. Where a query
     sees nothing its output is zero. Differentiable once: a second derivative raises a `RuntimeError`.
@@ -53,7 +58,17 @@ def attention_blockwise(
         `[B, H, T, E]` in the dtype of `query`.
     """
     sizes = (settings.block_size, settings.topk_blocks, settings.local_blocks, settings.sink_blocks)
-    return _attend(query, key, value, layout, scaling, *sizes)[0]
+    covered, length = settings.budget_blocks * settings.block_size, key.shape[2]
+    needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    is_short = query.shape[2] == length and covered < length <= LONGEST_SPLIT * covered
+    if needs_grad or layout is not None or not is_short:
+        return _attend(query, key, value, layout, scaling, *sizes)[0]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    first = (states[:, :, :covered].to(dtype) for states in (query, key, value))
+    with maybe_autocast(query.device.type, enabled=False):
+        start = sdpa(*first, is_causal=True, scale=scaling, enable_gqa=True).to(query.dtype)
+    rest = _attend(query[:, :, covered:], key, value, None, scaling, *sizes)[0]
+    return torch.cat([start.transpose(1, 2), rest.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())

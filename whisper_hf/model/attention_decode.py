@@ -75,19 +75,35 @@ def _attend_last(
 ) -> Tensor:
     """Attend from one query behind more keys than the budget: which blocks exist is known, and nothing is masked."""
     batch, kv_heads, length = key.shape[:3]
-    size = settings.block_size
-    first, end = settings.sink_blocks, (length - 1) // size - settings.local_blocks + 1  # the candidates
-    packed = query.unflatten(1, (kv_heads, -1)).squeeze(3)  # [B, K, G, D]
+    size, first = settings.block_size, settings.sink_blocks
+    end = (length - 1) // size + 1 - settings.local_blocks  # of the candidates
+    packed = query.view(batch, kv_heads, -1, query.shape[3])
+    fixed = torch.tensor([*range(first), *range(end, end + settings.local_blocks)], device=key.device)
+    blocks = fixed.expand(batch, kv_heads, -1)  # the last one may be incomplete
     with maybe_autocast(query.device.type, enabled=False):
-        with torch.no_grad():
+        if settings.topk_blocks:
             means = mean_blocks(key, None, size) if means is None else means
-            scores = packed.float().sum(2, keepdim=True) @ means[:, :, first:end].transpose(2, 3)
-            chosen = top_recent(scores, settings.topk_blocks).transpose(2, 3) + first
-            far = (chosen * size + torch.arange(size, device=key.device)).flatten(2)
-            fixed = [torch.arange(first * size, device=key.device), torch.arange(end * size, length, device=key.device)]
-            slots = torch.cat([far, torch.cat(fixed).expand(batch, kv_heads, -1)], dim=2)
-        output = scaled_dot_product_attention(packed, _gather(key, slots), _gather(value, slots), scale=scaling)
-    return output.flatten(1, 2)[:, :, None]
+            scores = packed.detach().float().sum(2, keepdim=True) @ means[:, :, first:end].detach().transpose(2, 3)
+            blocks = torch.cat([top_recent(scores[:, :, 0], settings.topk_blocks) + first, blocks], dim=2)
+        attended = blocks.shape[2] * size - -length % size
+        keys, values = (_gather_blocks(states, blocks, size)[:, :, :attended] for states in (key, value))
+        output = scaled_dot_product_attention(packed, keys, values, scale=scaling)
+    return output.view(batch, -1, 1, value.shape[3])
+
+
+def _gather_blocks(states: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """Take `[B, K, P * C, D]` from `[B, K, S, D]`, by blocks `[B, K, P]`; what a block has beyond `S` is arbitrary."""
+    batch, heads, length, width = states.shape
+    stride, whole = states.stride(1), size * width
+    is_whole = states.stride() == (heads * stride, stride, width, 1) and length * width <= stride and not stride % whole
+    end = (states.storage_offset() + batch * heads * stride) * states.element_size()
+    if not is_whole or end > states.untyped_storage().nbytes():
+        slots = blocks[..., None] * size + torch.arange(size, device=blocks.device)
+        return _gather(states, slots.flatten(2).clamp(max=length - 1))
+    # a buffer of whole blocks, seen as one row per block
+    first = torch.arange(0, batch * heads * (stride // whole), stride // whole, device=blocks.device)
+    rows = states.as_strided((batch * heads * (stride // whole), whole), (whole, 1))
+    return rows.index_select(0, (blocks + first.view(batch, heads, 1)).flatten()).view(batch, heads, -1, width)
 
 
 def mean_blocks(key: Tensor, slot_of: Tensor | None, block_size: int) -> Tensor:

@@ -15,8 +15,8 @@
 
 The loop runs over key blocks, and each block is multiplied once with all the queries that attend to it: those of its
 own block, those of the following `local_blocks - 1` blocks (and for a sink block, all later ones), which are
-contiguous, and those that chose it, which are gathered. Where content and queries coincide, own and local blocks are
-multiplied first, as one band. Sums are kept against a reference logit per query, the largest in its own block (or
+contiguous, and those that chose it, which are gathered. Where the queries are the last tokens of one document and begin
+a block, own and local blocks are multiplied first, as one band. Sums are kept against a reference logit per query, the largest in its own block (or
 band), which is raised only where a later logit exceeds it by so much that the exponential could overflow. The
 backward pass walks the same pairs, from the merged log-sum-exp and the product of output and its gradient, as
 FlashAttention does (https://arxiv.org/abs/2205.14135): no probabilities are stored.
@@ -80,8 +80,8 @@ def forward_head(
     queries = augmented(query, scaling, last=0.0, after=after)
     keys, values = augmented(key, before=before, after=after), augmented(value, before=before, after=after)
     totals = queries.new_empty(*queries.shape[:2], values.shape[1])  # the last column sums the weights
-    if plan.is_plain:
-        _forward_band(queries, keys, values, totals, settings)
+    if plan.band is not None:
+        _forward_band(queries, keys, values, totals, plan.band, settings)
     keys, values = keys[before:], values[before:]
     query_rows, total_rows = queries.flatten(1), totals.flatten(1)
 
@@ -106,9 +106,10 @@ def forward_head(
 
 def _padding(plan: RowPlan, settings: SparseAttentionConfig) -> tuple[int, int]:
     """Return rows of zeros to put before and after the content, so that every query block has a full window."""
-    if not plan.is_plain:
+    if plan.band is None:
         return 0, 0
-    return (settings.local_blocks - 1) * settings.block_size, -plan.key_bounds[-1] % settings.block_size
+    missing = max(settings.local_blocks - 1 - plan.band, 0)
+    return missing * settings.block_size, -plan.key_bounds[-1] % settings.block_size
 
 
 def _exp_(logits: Tensor) -> Tensor:
@@ -139,10 +140,15 @@ def _raise_reference(logits: Tensor, queries: Tensor, totals: Tensor, tile: slic
     return logits.sub_(excess.flatten()[:, None])
 
 
-def _windows(states: Tensor, settings: SparseAttentionConfig) -> Tensor:
-    """View padded rows `[(N + W - 1) * C, D]` as overlapping windows `[N, W * C, D]`, one per block of queries."""
+def _skipped(band: int, settings: SparseAttentionConfig) -> int:
+    """Return the blocks of keys before those that the band attends to."""
+    return max(band - settings.local_blocks + 1, 0)
+
+
+def _windows(states: Tensor, band: int, settings: SparseAttentionConfig) -> Tensor:
+    """View padded rows as overlapping windows `[query blocks, W * C, D]`."""
     size, width = settings.block_size, settings.local_blocks * settings.block_size
-    return states.unfold(0, width, size).transpose(1, 2)
+    return states[_skipped(band, settings) * size :].unfold(0, width, size).transpose(1, 2)
 
 
 def _band_steps(queries: Tensor, settings: SparseAttentionConfig) -> tuple[list[slice], Tensor]:
@@ -154,11 +160,12 @@ def _band_steps(queries: Tensor, settings: SparseAttentionConfig) -> tuple[list[
 
 
 def _forward_band(
-    queries: Tensor, keys: Tensor, values: Tensor, totals: Tensor, settings: SparseAttentionConfig
+    queries: Tensor, keys: Tensor, values: Tensor, totals: Tensor, band: int, settings: SparseAttentionConfig
 ) -> None:
     """Attend to own and local blocks; fill `totals` and the queries' last column."""
     size, (groups, width) = settings.block_size, queries.shape[1:]
-    key_windows, value_windows = _windows(keys, settings), _windows(values, settings)
+    key_windows, value_windows = _windows(keys, band, settings), _windows(values, band, settings)
+    missing = settings.local_blocks - 1 - band
     query_blocks, total_blocks = (
         queries.view(-1, size * groups, width),
         totals.view(-1, size * groups, totals.shape[-1]),
@@ -169,8 +176,8 @@ def _forward_band(
         logits = query_blocks[step] @ key_windows[step].transpose(1, 2)
         own = logits[..., -size:].unflatten(1, (size, groups))
         own.masked_fill_(hidden, float("-inf"))
-        for block in range(step.start, min(step.stop, settings.local_blocks - 1)):  # the window begins in the padding
-            logits[block - step.start, :, : (settings.local_blocks - 1 - block) * size] = float("-inf")
+        for block in range(step.start, min(step.stop, missing)):  # the window begins in the padding
+            logits[block - step.start, :, : (missing - block) * size] = float("-inf")
         reference = logits.amax(-1, keepdim=True)
         weights = _exp_(logits.sub_(reference))
         own *= seen
@@ -206,8 +213,8 @@ def backward_head(
     keys, values = augmented(key, before=before, after=after), augmented(value, before=before, after=after)
     grad_query = queries.new_zeros(len(queries), queries.shape[1] * query.shape[2])
     grad_key, grad_value = torch.zeros_like(keys), torch.zeros_like(values)
-    if plan.is_plain:
-        _backward_band(grads, queries, keys, values, (grad_query, grad_key, grad_value), settings)
+    if plan.band is not None:
+        _backward_band(grads, queries, keys, values, (grad_query, grad_key, grad_value), plan.band, settings)
     keys, values, grad_key, grad_value = (rows[before:] for rows in (keys, values, grad_key, grad_value))
     query_rows, grad_rows = queries.flatten(1), grads.flatten(1)
 
@@ -233,14 +240,15 @@ def _backward_band(
     keys: Tensor,
     values: Tensor,
     results: tuple[Tensor, ...],
+    band: int,
     settings: SparseAttentionConfig,
 ) -> None:
     """Differentiate [`_forward_band`]; the padding's zeros make their own part of the gradients vanish."""
     size, groups = settings.block_size, queries.shape[1]
-    key_windows, value_windows = _windows(keys, settings), _windows(values, settings)
+    key_windows, value_windows = _windows(keys, band, settings), _windows(values, band, settings)
     query_blocks, grad_blocks = (rows.view(-1, size * groups, rows.shape[-1]) for rows in (queries, grads))
     grad_query = results[0].view(len(query_blocks), size * groups, -1)
-    grad_key, grad_value = (rows.view(-1, size, rows.shape[-1]) for rows in results[1:])
+    grad_key, grad_value = (rows.view(-1, size, rows.shape[-1])[_skipped(band, settings) :] for rows in results[1:])
     steps, seen = _band_steps(queries, settings)
     for step in steps:
         weights = _weights_(query_blocks[step] @ key_windows[step].transpose(1, 2))

@@ -42,7 +42,8 @@ class RowPlan:
         key_bounds: `N + 1` content indices; block `b` holds the tokens `key_bounds[b]` to `key_bounds[b + 1]`.
         query_bounds: `N + 1` query indices; the queries of block `b` are `query_bounds[b]` to `query_bounds[b + 1]`.
         documents: for each block, the first and one past the last block of its document.
-        is_plain: one document, all of whose tokens are queries, and no other queries: query `i` is content token `i`.
+        band: the block of the first query, where the queries are the last tokens of the only document and begin a
+            block; else `None`.
     """
 
     keys: Tensor | None
@@ -53,7 +54,7 @@ class RowPlan:
     key_bounds: list[int]
     query_bounds: list[int]
     documents: list[tuple[int, int]]
-    is_plain: bool
+    band: int | None
 
 
 def plan_rows(
@@ -96,9 +97,11 @@ def _plan_row(document: Tensor | None, slots: Tensor, key_length: int, block_siz
     first_blocks = first_of_document[starts_block].tolist()
     ends = {first: b + 1 for b, first in enumerate(first_blocks)}
     documents = [(first, ends[first]) for first in first_blocks]
-    is_plain = len(set(first_blocks)) == 1 and len(last_key) == len(index) and bool((last_key == index).all())
+    first = len(index) - len(last_key)
+    is_band = len(set(first_blocks)) == 1 and first % block_size == 0 and torch.equal(last_key, index[first:])
+    band = first // block_size if is_band else None
     first_block = first_of_document[last_key]
-    return RowPlan(keys, queries, last_key, query_block, first_block, key_bounds, bounds.tolist(), documents, is_plain)
+    return RowPlan(keys, queries, last_key, query_block, first_block, key_bounds, bounds.tolist(), documents, band)
 
 
 def choose_blocks(group_query: Tensor, key: Tensor, plan: RowPlan, settings: SparseAttentionConfig) -> Tensor:
@@ -155,7 +158,7 @@ def attending_tiles(
 
     Args:
         chosen (`[Q, topk_blocks]`, int32): from [`choose_blocks`].
-        plan, settings: of the row; where the plan is plain, own and local blocks are left out.
+        plan, settings: of the row; where the plan has a band, own and local blocks are left out.
 
     Yields:
         The block, the queries in it, and tiles of later queries that attend to it: slices of queries or, for those that
@@ -169,14 +172,14 @@ def attending_tiles(
     for block in range(num_blocks - 1, -1, -1):
         first, end = plan.documents[block]
         own, local = (plan.query_bounds[b] for b in (block, min(block + settings.local_blocks, end)))
-        start = local if plan.is_plain else plan.query_bounds[block + 1]
+        start = local if plan.band is not None else plan.query_bounds[block + 1]
         stop = plan.query_bounds[end] if block - first < settings.sink_blocks else local
         tiles: list[slice | Tensor] = [
             slice(i, min(i + QUERIES_PER_TILE, stop)) for i in range(start, stop, QUERIES_PER_TILE)
         ]
         picked = choosers[ends[block - 1] if block else 0 : ends[block]]
         tiles += picked.split(QUERIES_PER_TILE) if len(picked) else ()
-        has_own = not plan.is_plain and plan.query_bounds[block + 1] > own
+        has_own = plan.band is None and plan.query_bounds[block + 1] > own
         yield block, slice(own, plan.query_bounds[block + 1]) if has_own else None, tiles
 
 

@@ -121,6 +121,7 @@ class DynamicMaskedSparseLayer(DynamicLayer):
         buffer = self._buffers.get(name)
         if buffer is None or not length or buffer.data_ptr() != states.data_ptr() or end > buffer.shape[2]:
             capacity = end + max(SPARE_TOKENS, end // SPARE_RATIO)
+            capacity += -capacity % SPARE_TOKENS  # whole blocks are gathered faster
             buffer = self._buffers[name] = new.new_empty(*new.shape[:2], capacity, new.shape[3])
             if length:
                 buffer[:, :, :length] = states

@@ -162,9 +162,10 @@ def top_recent(scores: Tensor, topk: int) -> Tensor:
     if not topk or is_tracing(scores):
         return _top_by_sort(scores, topk)
     values, indices = scores.topk(topk + 1)
-    tied = (values[..., -1] == values[..., -2]) & (values[..., -1] > float("-inf"))
+    tied = values[..., -1] == values[..., -2]
     indices = indices[..., :topk]
     if tied.any():  # `topk` breaks ties as it likes
+        tied &= values[..., -1] > float("-inf")
         indices[tied] = _top_by_sort(scores[tied], topk)
     return indices
 
