@@ -64,9 +64,9 @@ def attention_blockwise(
     if needs_grad or layout is not None or not is_short:
         return _attend(query, key, value, layout, scaling, *sizes)[0]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    first = (states[:, :, :covered].to(dtype) for states in (query, key, value))
+    q, k, v = (states[:, :, :covered].to(dtype) for states in (query, key, value))
     with maybe_autocast(query.device.type, enabled=False):
-        start = sdpa(*first, is_causal=True, scale=scaling, enable_gqa=True).to(query.dtype)
+        start = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).to(query.dtype)
     rest = _attend(query[:, :, covered:], key, value, None, scaling, *sizes)[0]
     return torch.cat([start.transpose(1, 2), rest.transpose(1, 2)], dim=1).transpose(1, 2)
 

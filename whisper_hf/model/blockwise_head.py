@@ -15,11 +15,11 @@
 
 The loop runs over key blocks, and each block is multiplied once with all the queries that attend to it: those of its
 own block, those of the following `local_blocks - 1` blocks (and for a sink block, all later ones), which are
-contiguous, and those that chose it, which are gathered. Where the queries are the last tokens of one document and begin
-a block, own and local blocks are multiplied first, as one band. Sums are kept against a reference logit per query, the largest in its own block (or
-band), which is raised only where a later logit exceeds it by so much that the exponential could overflow. The
-backward pass walks the same pairs, from the merged log-sum-exp and the product of output and its gradient, as
-FlashAttention does (https://arxiv.org/abs/2205.14135): no probabilities are stored.
+contiguous, and those that chose it, which are gathered. Where the queries are the last tokens of one document and
+begin a block, own and local blocks are multiplied first, as one band. Sums are kept against a reference logit per
+query, the largest in its own block (or band), which is raised only where a later logit exceeds it by so much that the
+exponential could overflow. The backward pass walks the same pairs, from the merged log-sum-exp and the product of
+output and its gradient, as FlashAttention does (https://arxiv.org/abs/2205.14135): no probabilities are stored.
 
 The appended column: queries carry minus their reference logit (backwards, minus their log-sum-exp) and keys a one, so
 that their product is the logit against the reference; values carry a one, so that the weighted sum also sums the
