@@ -4,6 +4,7 @@ Importing this package registers the model with transformers' Auto classes and t
 attention interfaces.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
@@ -27,21 +28,25 @@ from .model.modeling_whisper_lm import (
 
 if TYPE_CHECKING:
     from .conversion import convert_checkpoint, from_dense, to_dense
+    from .distillation import DistillationConfig, DistillationTrainer
+    from .students import student_from
 
 __version__ = "0.1.0"
 
-_LAZY = (
-    "convert_checkpoint",
-    "from_dense",
-    "to_dense",
-)  # `python -m whisper_hf.conversion` must be the first to import it
+# what is imported when it is used: light for those who only run a model, and `python -m` must be the first to import
+_LAZY = {
+    "convert_checkpoint": "conversion",
+    "from_dense": "conversion",
+    "to_dense": "conversion",
+    "DistillationConfig": "distillation",
+    "DistillationTrainer": "distillation",
+    "student_from": "students",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from . import conversion
-
-        return getattr(conversion, name)
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -64,6 +69,8 @@ def _register() -> None:
 _register()
 
 __all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
     "SparseAttentionConfig",
     "WhisperLMConfig",
     "WhisperLMForCausalLM",
@@ -74,5 +81,6 @@ __all__ = [
     "convert_checkpoint",
     "from_dense",
     "masked_sparse_attention_forward",
+    "student_from",
     "to_dense",
 ]

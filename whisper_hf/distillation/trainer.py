@@ -1,0 +1,306 @@
+"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
+
+    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
+
+The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
+is the whole table. RoPE, sizes and token ids carry over by name.
+"""
+
+import argparse
+import copy
+import os
+import tempfile
+from pathlib import Path
+
+"""The Trainer: wiring between transformers' loop and the parts of this package."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.modeling_outputs import CausalLMOutput
+
+from .capture import HeadReplacement
+from .config import DistillationConfig
+from .forward import ON_POLICY, STATE_KINDS, Batch, BatchLosses, DistillationForward
+from .on_policy import continue_prompts, is_on_policy_step, prompts_of
+from .signals import ROW, SignalCollator, StoredSignals, is_signals, with_rows
+from .states import StateMatching
+from .teachers import (
+    head_size,
+    load_teacher,
+    load_tokenizer,
+    place_teacher,
+    refuse_other_vocabulary,
+    refuse_shared_parameters,
+    refuse_smaller_vocabulary,
+    refuse_training_mode,
+)
+
+TEACHER_COLUMNS = ("teacher_input_ids", "teacher_attention_mask", "teacher_position_ids", "teacher_labels", ROW)
+
+
+class DistillationTrainer(Trainer):
+    """Teaches a student what a teacher predicts (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+
+    All that [`~transformers.Trainer`] does keeps working. Logged beside `loss`, each a mean per token: `divergence`
+    (times temperature squared), `cross_entropy`, `hidden_states`, `attention_outputs`. Evaluation reports the same
+    with `eval_`; `eval_cross_entropy` is what plain training calls `eval_loss`, exactly per token.
+
+    Args:
+        model (`PreTrainedModel`): the student, also one wrapped by peft.
+        teacher (`PreTrainedModel`, `str` or `Path`): a model, also a quantized one; the path or Hub id of one; or a
+            folder of stored signals (`python -m whisper_hf.distillation cache`).
+        args ([`DistillationConfig`]): the Trainer's arguments and the losses.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's tokenizer, by default that
+            beside a teacher; compared with `processing_class`.
+        kwargs: as for [`~transformers.Trainer`]: `train_dataset`, `data_collator`, `processing_class`, ... Labels of
+            -100 do not count. With `divergence="universal"` batches also hold `teacher_input_ids`,
+            `teacher_attention_mask` and `teacher_labels`: the same text, in the teacher's tokens.
+
+    Raises:
+        ValueError: for what cannot be done, with the remedy: other tokenizers without the universal loss, signals of
+            other data, a teacher that is in training mode or shares parameters with the student, ...
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        teacher: PreTrainedModel | str | Path | None = None,
+        args: DistillationConfig | None = None,
+        *,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher is None:
+            raise ValueError("a teacher is needed: a model, a path, a Hub id, or a folder of stored signals")
+        if not isinstance(args, DistillationConfig):
+            raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would replace the distillation loss; use the stock Trainer with it")
+        self.signals = StoredSignals(teacher) if is_signals(teacher) else None  # type: ignore[arg-type]
+        if self.signals is not None and train_dataset is not None:
+            tokenizer = teacher_processing_class or kwargs.get("processing_class")
+            self.signals.refuse_other(train_dataset, tokenizer, args.temperature)
+            train_dataset = with_rows(train_dataset)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"DataParallel over {self.args.n_gpu} GPUs is not supported; start with `accelerate launch`"
+            )
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # the loss is ours, whatever the model takes
+        self.teacher: Any = None
+        self._student_head: HeadReplacement | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._eval_rows: list[Tensor] = []
+        self._eval_terms: list[str] = []
+        self._prepare_teacher(teacher, teacher_processing_class)
+
+    # --- setting up ---
+
+    def _prepare_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Load, check and place the teacher, and what its states are matched with."""
+        matching = wrapped = None
+        self._refuse_combinations()
+        if self.signals is not None:
+            self.data_collator = SignalCollator(self.data_collator, self.signals)
+            refuse_smaller_vocabulary(head_size(self.model), self.signals.manifest.vocabulary)
+        else:
+            self.teacher = load_teacher(teacher, self.args.teacher_init_kwargs)
+            refuse_shared_parameters(self.teacher, self.model, [])
+            if "universal" not in self.args.divergences:
+                sizes = head_size(self.model), head_size(self.teacher)
+                refuse_other_vocabulary(sizes, self.processing_class, tokenizer or load_tokenizer(teacher))
+            if self.args.matches_states:
+                matching, wrapped = self._build_matching()
+        placed = None if self.teacher is None else place_teacher(self.teacher, self.accelerator)
+        self.matching = matching
+        stored = None if self.signals is None else self.signals.manifest.vocabulary
+        self._forward = DistillationForward(self.args, placed, self.teacher, wrapped, stored)
+
+    def _refuse_combinations(self) -> None:
+        """Raise a `ValueError` for options that exclude each other."""
+        args, stored = self.args, self.signals
+        universal = "universal" in args.divergences
+        for refused, what in (
+            (stored and (args.on_policy_fraction or args.matches_states or universal), "stored signals"),
+            (universal and (args.on_policy_fraction or args.matches_states), 'divergence="universal"'),
+        ):
+            if refused:
+                raise ValueError(
+                    f"{what} cannot be combined with on-policy text, hidden states, attention outputs (or each other); "
+                    "use a teacher with the student's tokenizer, as a model"
+                )
+        if stored and stored.manifest.kind == "samples" and set(args.divergences) != {"forward_kl"}:
+            raise ValueError(
+                f'sampled signals are unbiased for "forward_kl" alone, got divergence={args.divergences}; store the '
+                "likeliest tokens instead (`cache --top-k`)"
+            )
+
+    def _build_matching(self) -> tuple[StateMatching, nn.Module]:
+        """Build what compares states, and wrap it where processes must agree on its projections."""
+        kinds = [kind for kind in STATE_KINDS if getattr(self.args, f"{kind}_weight")]
+        matching = StateMatching(self.model.config, self.teacher.config, self.args.layer_pairs, kinds)
+        matching.to(self.args.device)
+        if not list(matching.parameters()):
+            return matching, matching
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"student and teacher have hidden sizes {self.model.config.hidden_size} and "
+                f"{self.teacher.config.hidden_size}; the projections this needs are not supported under FSDP and "
+                "DeepSpeed; use DDP or a student as wide as the teacher"
+            )
+        return matching, self.accelerator.prepare_model(matching)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEACHER_COLUMNS]))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, which also trains the projections of hidden states, and never the teacher."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.matching is not None and list(self.matching.parameters()):
+            optimizer.add_param_group({"params": list(self.matching.parameters())})
+        if self.teacher is not None:
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            refuse_shared_parameters(self.teacher, self.model, trained)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.matching is not None and self.args.should_save:
+            self.matching.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.matching is not None and checkpoint is not None:
+            self.matching.load(checkpoint)
+
+    # --- training ---
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collect the batches of an optimizer step; in some steps, let the student write them anew."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and is_on_policy_step(self.args.on_policy_fraction, self.args.seed, self.state.global_step):
+            batches = [self._write_batch(batch) for batch in batches]
+            count = self._get_num_items_in_batch(batches, device)
+        if count is not None and not count:
+            raise ValueError("all labels of a step are masked (-100), expected some tokens to learn; check the labels")
+        return batches, count
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        name = self._label_name
+        named = [{**batch, "labels": batch[name]} if name in batch else batch for batch in batch_samples]
+        return super()._get_num_items_in_batch(named, device)
+
+    def _write_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Let the student continue the prompts of a batch."""
+        batch = self._prepare_inputs(batch)
+        student = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        pad = getattr(self.processing_class, "pad_token_id", None)
+        pad = student.generation_config.pad_token_id if pad is None else pad
+        shown = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        prompts = prompts_of(
+            batch["input_ids"], shown, batch[self._label_name], self.args.on_policy_prompt_tokens, pad or 0
+        )
+        with self.compute_loss_context_manager():
+            written = continue_prompts(
+                student,
+                *prompts,
+                self.args.on_policy_max_new_tokens,
+                self.args.on_policy_temperature,
+                pad_token_id=pad or 0,
+                synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            )
+        return {**written, self._label_name: written["labels"], ON_POLICY: True}
+
+    @property
+    def _label_name(self) -> str:
+        return self.label_names[0] if self.label_names else "labels"
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a batch: a sum over its tokens, divided by those of the whole optimizer step."""
+        batch = Batch.split(inputs, self._label_name)
+        losses = self._losses(model, batch)
+        self._record(losses, batch, is_training=torch.is_grad_enabled())
+        count = batch.counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = losses.loss / count
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if not return_outputs:
+            return loss
+        return loss, CausalLMOutput(logits=model(**batch.inputs, use_cache=False).logits)
+
+    def _losses(self, model: nn.Module, batch: Batch) -> BatchLosses:
+        if self.teacher is not None:
+            refuse_training_mode(self.teacher)
+        student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if self._student_head is None or self._student_head.module is not student.get_output_embeddings():
+            self._student_head = HeadReplacement(student)
+        return self._forward(model, student, self._student_head, batch)
+
+    # --- reporting ---
+
+    def _record(self, losses: BatchLosses, batch: Batch, is_training: bool) -> None:
+        """Add to the sums that are logged, on the device."""
+        if is_training:
+            for name, values in losses.terms.items():
+                pair = torch.stack([values.sum(), values.new_tensor(len(values))])
+                self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            return
+        row = batch.counts.nonzero()[:, 0]
+        zeros = losses.loss.new_zeros(len(batch.targets))
+        columns = [zeros.index_add(0, row, values.to(zeros.dtype)) for values in losses.terms.values()]
+        columns.append(zeros.index_add(0, row, torch.ones_like(row, dtype=zeros.dtype)))
+        self._eval_terms = list(losses.terms)
+        self._eval_rows.append(self.accelerator.gather_for_metrics(torch.stack(columns, dim=1)).cpu())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, in training with the mean of each term over tokens, steps and processes."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            sums = self.accelerator.reduce(torch.stack([self._sums[name].double() for name in names]), "sum")
+            logs |= {name: (total / count).item() for name, (total, count) in zip(names, sums, strict=True) if count}
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Evaluate a batch; logits are computed only for those who ask for them."""
+        if not prediction_loss_only or self._label_name not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate; losses are means over tokens, whatever the size and padding of batches."""
+        self._eval_rows = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_rows:
+            *sums, count = torch.cat(self._eval_rows).double().sum(0).tolist()
+            means = {name: total / max(count, 1) for name, total in zip(self._eval_terms, sums, strict=True)}
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+            weights = {name: getattr(self.args, f"{name}_weight") for name in means}
+            if "divergence" not in means:  # signals are of the training data: plain cross-entropy
+                weights = {"cross_entropy": 1.0}
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(weights[name] * means[name] for name in weights)
+        return output
