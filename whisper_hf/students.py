@@ -24,18 +24,13 @@ Batches = list[dict[str, Tensor]]  # of `input_ids`, `attention_mask` and `label
 IMPORTANCES = ("perplexity", "block_influence")
 REMEDY = "pass a list of token id tensors, [T] or [B, T] int64, or of dicts of input_ids and attention_mask"
 
-# width in the config -> the projection whose input falls into so many groups of features, to keep or drop as a whole
-WIDTHS = {"intermediate_size": "mlp.down_proj", "num_key_value_heads": "self_attn.o_proj"}
-
-# projection -> the width that counts its groups, and the weight's dimension that they lie in (biases have only the 0th)
-SLICED = {
-    **{f"mlp.{name}_proj": ("intermediate_size", 0) for name in ("gate", "up")},
-    "mlp.down_proj": ("intermediate_size", 1),
-    **{f"self_attn.{name}_proj": ("num_key_value_heads", 0) for name in "qkv"},
-    "self_attn.o_proj": ("num_key_value_heads", 1),
+# part of a layer -> its width in the config, in groups of features that go as a whole; its projections (last: outwards)
+PARTS = {
+    "mlp": ("intermediate_size", ("gate_proj", "up_proj", "down_proj")),
+    "self_attn": ("num_key_value_heads", ("q_proj", "k_proj", "v_proj", "o_proj")),
 }
 
-# no cache, in which skipped layers would leave holes; no hidden states, which make transformers hook the layers it finds
+# no cache, where skipped layers would leave holes; no hidden states, for which transformers hooks the layers it finds
 QUIET = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
@@ -86,21 +81,22 @@ def student_from(
         raise ValueError(f"layers must be one or more strictly increasing indices below {depth}, got {kept}")
     count = _size("num_hidden_layers", num_hidden_layers, len(kept))
     _refuse_other_shapes(teacher)
-    config = _narrowed(teacher, intermediate_size, num_key_value_heads)
+    config = _narrowed(teacher.config, intermediate_size, num_key_value_heads)
 
-    narrow = [width for width in WIDTHS if getattr(config, width) < getattr(teacher.config, width)]
+    narrow = [part for part, (width, _) in PARTS.items() if getattr(config, width) < getattr(teacher.config, width)]
     batches = _batches(calibration, teacher) if narrow or count < len(kept) else []
     if count < len(kept):
         kept = _most_important(teacher, count, batches, importance)
-    groups = {width: _largest_groups(teacher, kept, width, getattr(config, width), batches) for width in narrow}
-    return _rebuild(teacher, type(teacher), _shortened(config, kept), _weights(teacher, kept, groups)).eval()
+    groups = {part: _largest_groups(teacher, kept, part, getattr(config, PARTS[part][0]), batches) for part in narrow}
+    config = _shortened(config, kept)
+    return _rebuild(teacher, type(teacher), config, _weights(teacher, config, kept, groups)).eval()
 
 
 def layer_importance(model: PreTrainedModel, calibration: Iterable, importance: str = "perplexity") -> list[float]:
     """Measure how much each layer of a causal language model matters while all others are in place.
 
     Args:
-        model: the model, possibly quantized; its decoder layers are `base_model.layers`. It is not changed.
+        model: the model, possibly quantized, with its decoder layers in `base_model.layers`. It is not changed.
         calibration: token ids, as in [`student_from`].
         importance: the measure, as in [`student_from`].
 
@@ -147,18 +143,17 @@ def _cross_entropy(model: PreTrainedModel, batches: Batches, skipped: Sequence[i
     return total / count
 
 
-def _largest_groups(
-    model: PreTrainedModel, kept: list[int], width: str, count: int, batches: Batches
-) -> list[tuple[int, Tensor]]:
-    """For each kept layer return how many groups of features it has and which to keep, `[count]` int64, increasing."""
-    total = getattr(model.config, width)
+def _largest_groups(model: PreTrainedModel, kept: list[int], part: str, count: int, batches: Batches) -> list[Tensor]:
+    """For each kept layer return which groups of features to keep, `[count]` int64, in increasing order."""
+    width, projections = PARTS[part]
 
-    def norms(inputs: Tensor, _: Tensor) -> Tensor:  # [N, features] to [N, total]; of one feature, the absolute value
-        return inputs.unflatten(-1, (total, -1)).norm(dim=-1)
+    def norms(inputs: Tensor, _: Tensor) -> Tensor:  # [N, features] to [N, groups]; of one feature, the absolute value
+        return inputs.unflatten(-1, (getattr(model.config, width), -1)).norm(dim=-1)
 
-    modules = [model.base_model.layers[layer].get_submodule(WIDTHS[width]) for layer in kept]
-    means = _means(model, modules, norms, batches, sorted(set(range(len(model.base_model.layers))) - set(kept)))
-    return [(total, mean.argsort(descending=True, stable=True)[:count].sort().values) for mean in means]
+    layers = model.base_model.layers
+    outwards = [layers[layer].get_submodule(f"{part}.{projections[-1]}") for layer in kept]
+    means = _means(model, outwards, norms, batches, skipped=sorted(set(range(len(layers))) - set(kept)))
+    return [mean.argsort(descending=True, stable=True)[:count].sort().values for mean in means]
 
 
 def _means(
@@ -213,8 +208,8 @@ def _measuring(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[None]
 
 def _batches(calibration: Iterable | None, model: PreTrainedModel) -> Batches:
     """Check the calibration and bring it into one form, on the model's device."""
-    is_one_item = calibration is None or isinstance(calibration, str | Mapping)
-    batches = [_batch(item, model) for item in (() if is_one_item else calibration)]
+    items = () if calibration is None or isinstance(calibration, str | Mapping) else calibration
+    batches = [_batch(item, model) for item in items]
     if not batches:
         raise ValueError(f"choosing what to keep needs calibration, got {type(calibration).__name__}; {REMEDY}")
     return batches
@@ -239,13 +234,14 @@ def _batch(item: Any, model: PreTrainedModel) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (mask != 0).long(), "labels": ids.masked_fill(~is_target, -100)}
 
 
-def _narrowed(teacher: PreTrainedModel, intermediate_size: int | None, num_key_value_heads: int | None) -> Any:
-    """Return a copy of the config with the student's widths, checked as it will be when it is loaded."""
-    config = copy.deepcopy(teacher.config)
+def _narrowed(teacher: Any, intermediate_size: int | None, num_key_value_heads: int | None) -> Any:
+    """Return a copy of the teacher's config with the student's widths, checked as when it is loaded."""
+    config = copy.deepcopy(teacher)
     config.intermediate_size = _size("intermediate_size", intermediate_size, config.intermediate_size)
     heads = _size("num_key_value_heads", num_key_value_heads, config.num_key_value_heads)
     if heads < config.num_key_value_heads:
-        config.head_dim = _head_dim(config)  # explicit: hidden_size // num_attention_heads will be another number
+        # explicit: hidden_size // num_attention_heads will be another number
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         config.num_attention_heads = heads * (config.num_attention_heads // config.num_key_value_heads)
         config.num_key_value_heads = heads
     try:
@@ -268,23 +264,32 @@ def _shortened(config: PreTrainedConfig, kept: list[int]) -> PreTrainedConfig:
     return config
 
 
-def _weights(teacher: PreTrainedModel, kept: list[int], groups: dict[str, list[tuple[int, Tensor]]]) -> dict:
-    """Copy the student's part of the teacher's state dict: layers renumbered, kept groups of features selected."""
-    prefix = f"{teacher.base_model_prefix}.layers."
+def _weights(
+    teacher: PreTrainedModel, config: PreTrainedConfig, kept: list[int], groups: dict[str, list[Tensor]]
+) -> dict[str, Tensor]:
+    """Copy the student's state dict from the teacher's: layers renumbered, kept groups selected where it is smaller."""
+    with torch.device("meta"):
+        student = type(teacher)(config).state_dict()
+    source, prefix = teacher.state_dict(), f"{teacher.base_model_prefix}.layers."
     weights = {}
-    for name, tensor in teacher.state_dict().items():
+    for name, smaller in student.items():
         layer, _, rest = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix):
-            weights[name] = tensor.clone()
-        elif int(layer) in kept:
-            index = kept.index(int(layer))
-            width, dimension = SLICED.get(rest.rpartition(".")[0], ("", 0))
-            if width in groups and dimension < tensor.dim():
-                total, chosen = groups[width][index]
-                tensor = tensor.unflatten(dimension, (total, -1)).index_select(dimension, chosen)
-                tensor = tensor.flatten(dimension, dimension + 1)
-            weights[f"{prefix}{index}.{rest}"] = tensor.clone()
+        tensor = source[f"{prefix}{kept[int(layer)]}.{rest}" if name.startswith(prefix) else name]
+        for dimension, size in enumerate(smaller.shape):
+            if size < tensor.shape[dimension]:
+                part = rest.split(".")[0]
+                by_group = tensor.unflatten(dimension, (getattr(teacher.config, PARTS[part][0]), -1))
+                tensor = by_group.index_select(dimension, groups[part][int(layer)]).flatten(dimension, dimension + 1)
+        weights[name] = tensor.clone()
     return weights
+
+
+def _size(name: str, value: int | None, maximum: int) -> int:
+    if value is None:
+        return maximum
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
+        raise ValueError(f"{name} must be an integer from 1 to {maximum} (the teacher's), got {value!r}")
+    return value
 
 
 def _loaded(teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
@@ -311,41 +316,20 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _refuse_other_shapes(teacher: PreTrainedModel) -> None:
-    """Check that the teacher lies on one device and its layers are those of Llama, in the sizes that its config gives."""
     devices = {str(parameter.device) for parameter in teacher.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise ValueError(f"the teacher must lie on one device, got {sorted(devices)}; load it so")
-    head_dim = _head_dim(teacher.config)
-    sizes = {name: getattr(teacher.config, name, None) or 0 for name in (*WIDTHS, "num_attention_heads")}
-    expected = dict.fromkeys(SLICED, sizes["intermediate_size"])
-    expected |= dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), sizes["num_attention_heads"] * head_dim)
-    expected |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), sizes["num_key_value_heads"] * head_dim)
-    allowed = expected | dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), head_dim)
+    missing = [width for width, _ in PARTS.values() if not isinstance(getattr(teacher.config, width, None), int)]
     for index, layer in enumerate(teacher.base_model.layers):
-        found = {}
-        for name, tensor in layer.state_dict().items():
-            part = name.removesuffix(".weight")
-            if part.startswith(("self_attn.", "mlp.")) and not part.endswith(".bias"):
-                found[part] = tensor.shape[SLICED.get(part, ("", 0))[1]]
-        if not expected.items() <= found.items() <= allowed.items():
-            raise ValueError(
-                f"layer {index} must have, as in Llama, projections of {expected} features and norms of at most one head, "
-                f"got {found}; choose a teacher of such a family"
-            )
-
-
-def _size(name: str, value: int | None, maximum: int) -> int:
-    if value is None:
-        return maximum
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
-        raise ValueError(f"{name} must be an integer from 1 to {maximum} (the teacher's), got {value!r}")
-    return value
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        linear = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        needed = {f"{part}.{name}" for part, (_, names) in PARTS.items() for name in names}
+        missing += [f"layers.{index}.{name}" for name in sorted(needed - linear)]
+    if missing:
+        raise ValueError(
+            f"the teacher must have the layers of Llama, got none of {missing}; choose one of such a family"
+        )
 
 
 def _refuse_unknown(importance: str) -> None:
     if importance not in IMPORTANCES:
-        raise ValueError(f"unknown importance {importance!r}; choose one of {list(IMPORTANCES)}")
+        raise ValueError(f"unknown importance, got {importance!r}; choose one of {list(IMPORTANCES)}")

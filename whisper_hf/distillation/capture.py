@@ -1,23 +1,9 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
-
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
-
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
-"""
-
-import argparse
-import copy
-import os
-import tempfile
-from pathlib import Path
-
 """Doing something else where a model would apply its language-modeling head, and seeing what its layers put out.
 
-The logits of a batch are the largest tensor of training, and a loss computed from them costs several of the same size.
-Here the head is replaced for the duration of a forward pass, by what computes the loss from the hidden states: inside the
-model's forward, so that wrappers (DDP, FSDP, DeepSpeed, autocast, compilation) see an ordinary model, and a head whose
-weight is sharded is whole at that moment.
+The logits of a batch are the largest tensor of training, and a loss computed from them costs several of that size. Here
+the head is replaced for the duration of a forward pass by what computes the loss from the hidden states: inside the
+model's forward, so that wrappers (DDP, FSDP, DeepSpeed, autocast, compilation) see an ordinary model, and a head
+whose weight is sharded is whole at that moment.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,9 +36,16 @@ class HeadReplacement:
             )
         self.name = type(model).__name__
         self.module = module
-        self.head: Head | None = None
+        self._head: Head | None = None
         self._function: Callable[[Tensor], Tensor] | None = None
         self._original: Any = None
+
+    @property
+    def head(self) -> Head:
+        """The head, once a forward pass has run."""
+        if self._head is None:
+            raise RuntimeError(f"what {self.name} does to its head's output is known after a forward pass")
+        return self._head
 
     def run(self, forward: Callable[[], Any], function: Callable[[Tensor], Tensor]) -> tuple[Any, Tensor]:
         """Run a forward pass in which the head is replaced.
@@ -65,8 +58,8 @@ class HeadReplacement:
         Returns:
             the model's output, and the scalar, differentiable.
         """
-        if self.head is None:
-            self.head = self._probe(forward)
+        if self._head is None:
+            self._head = self._probe(forward)
         with self._replaced(lambda hidden: (function(hidden) * SMALL).view(1, 1, 1)):
             outputs = forward()
         return outputs, outputs.logits.float().sum() / (SMALL * self.head.scale)
@@ -106,16 +99,16 @@ class HeadReplacement:
             cap = None if found[-1].abs() > 1e20 * abs(scale) else found[-1].abs().item()
             expected = sent * scale if cap is None else (sent * scale / cap).tanh() * cap
             if torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
-                return Head(self.module, *(_rounded(number) for number in (scale, cap)))
+                return Head(self.module, _rounded(scale), None if cap is None else _rounded(cap))
         raise ValueError(
             f"expected logits that are the head's output, scaled or softly capped, but {self.name} turns {list(PROBE)} "
             f"into {[round(number, 4) for number in found.tolist()]}; this model cannot be distilled in chunks"
         )
 
 
-def _rounded(number: float | None) -> float | None:
+def _rounded(number: float) -> float:
     """Remove the rounding of float32 from a number that a person has written into a config."""
-    return None if number is None else float(f"{number:.6g}")
+    return float(f"{number:.6g}")
 
 
 @contextmanager
@@ -127,7 +120,7 @@ def attention_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """
     base = getattr(model, "get_base_model", lambda: model)()
     kind = (getattr(base, "_can_record_outputs", None) or {}).get("attentions")
-    if not isinstance(kind, type):
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(
             f"cannot tell which modules of {type(base).__name__} are attention layers; match hidden states"
         )

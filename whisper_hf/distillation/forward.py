@@ -1,17 +1,3 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
-
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
-
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
-"""
-
-import argparse
-import copy
-import os
-import tempfile
-from pathlib import Path
-
 """One pass of student and teacher over a batch: who sees what, which tokens count, and the loss of each.
 
 Legend: `B` rows of `T` tokens, `n` of which are predicted from and count.
@@ -28,7 +14,6 @@ from ..objectives import StoredSamples, StoredTop, Target, TeacherTarget, chunke
 from .capture import HeadReplacement, attention_outputs
 from .config import DistillationConfig
 from .on_policy import IGNORED
-from .states import StateMatching
 
 ON_POLICY = "on_policy"  # key of batches that the student wrote itself
 STATE_KINDS = ("hidden_states", "attention_outputs")
@@ -110,7 +95,7 @@ class DistillationForward:
         config ([`DistillationConfig`]): weights.
         teacher (`nn.Module`, *optional*): placed and frozen; without one, batches hold its stored predictions.
         teacher_model (`PreTrainedModel`, *optional*): the same, unwrapped.
-        matching ([`StateMatching`], *optional*): perhaps wrapped.
+        matching (`nn.Module`, *optional*): a [`StateMatching`], perhaps wrapped.
         stored_vocabulary (`int`, *optional*): number of leading tokens that stored predictions are about.
     """
 
@@ -175,17 +160,16 @@ class DistillationForward:
 
         def loss_against(target: Target | None) -> Tensor:
             is_plain = target is None  # evaluation, where only training data has stored signals
+            cross_entropy_weight = 0.0 if batch.is_on_policy else self.config.cross_entropy_weight
+            if is_plain:
+                cross_entropy_weight = 1.0
             losses = chunked_distillation_loss(
                 hidden[counts],
-                head.head,  # type: ignore[arg-type]
+                head.head,
                 batch.targets[counts],
                 target,
                 divergence_weight=self.config.divergence_weight,
-                cross_entropy_weight=1.0
-                if is_plain
-                else 0.0
-                if batch.is_on_policy
-                else self.config.cross_entropy_weight,
+                cross_entropy_weight=cross_entropy_weight,
                 temperature=self.config.temperature,
                 chunk_tokens=self.config.chunk_tokens,
             )
@@ -208,8 +192,8 @@ class DistillationForward:
         if "universal" in self.config.divergences and not batch.teacher_inputs:
             raise ValueError(
                 'divergence="universal" is for a teacher with another tokenizer: expected teacher_input_ids, '
-                f"teacher_attention_mask and teacher_labels in the batch, got {sorted(batch.inputs)}; add them to the data "
-                "set and its collator"
+                f"teacher_attention_mask and teacher_labels in the batch, got {sorted(batch.inputs)}; add them to the "
+                "data set and its collator"
             )
         with torch.no_grad():
             inputs = batch.teacher_inputs or batch.inputs

@@ -1,17 +1,3 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
-
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
-
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
-"""
-
-import argparse
-import copy
-import os
-import tempfile
-from pathlib import Path
-
 """Teacher signals on disk: written once, read by many students.
 
 A folder holds Arrow files made by `datasets`, one row per example, and `signals.json`, which says whose they are and of

@@ -1,19 +1,6 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
-
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
-
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
-"""
-
-import argparse
-import copy
-import os
-import tempfile
-from pathlib import Path
-
 """The teacher: loaded, checked against the student, kept from being trained, and placed like the student."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +15,7 @@ MOST_PADDING = 1024  # rows by which vocabularies of one tokenizer may differ, p
 
 
 def load_teacher(teacher: str | Path | PreTrainedModel, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
-    """Return the teacher, frozen.
+    """Return the teacher, loaded if it is given by name.
 
     Raises:
         ValueError: options for a model that is loaded already, something that is no model, or one in training mode.
@@ -44,7 +31,7 @@ def load_teacher(teacher: str | Path | PreTrainedModel, init_kwargs: dict[str, A
             f"teacher must be a model, a path, a Hub id or a folder of signals, got {type(teacher).__name__}"
         )
     refuse_training_mode(model)
-    return model.requires_grad_(False)
+    return model
 
 
 def refuse_training_mode(teacher: nn.Module) -> None:
@@ -59,8 +46,8 @@ def refuse_shared_parameters(teacher: nn.Module, student: nn.Module, trained: li
     for whose, parameters in (("the student", student.parameters()), ("the optimizer", trained)):
         if any(id(parameter) in frozen for parameter in parameters):
             raise ValueError(
-                f"{whose} holds parameters of the teacher, which must stay as it is; give the student weights of its own "
-                "(copy.deepcopy, or whisper_hf.student_from)"
+                f"{whose} holds parameters of the teacher, which must stay as it is; give the student weights of its "
+                "own (copy.deepcopy, or whisper_hf.student_from)"
             )
 
 
@@ -112,8 +99,8 @@ def refuse_other_vocabulary(
         ours, theirs = (n.get(index) for n in names)
         if ours != theirs:
             raise ValueError(
-                f"student and teacher have different tokenizers: token {index} is {ours!r} to the student and {theirs!r} "
-                f"to the teacher; {remedy}"
+                f"student and teacher have different tokenizers: token {index} is {ours!r} to the student and "
+                f"{theirs!r} to the teacher; {remedy}"
             )
 
 
@@ -134,8 +121,6 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Modu
 
 def _shard_by_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
     """Let DeepSpeed shard the weights (ZeRO stage 3), or just hold them (other stages, which shard what is trained)."""
-    import copy
-
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)

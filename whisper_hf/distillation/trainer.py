@@ -1,17 +1,3 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
-
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
-
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
-"""
-
-import argparse
-import copy
-import os
-import tempfile
-from pathlib import Path
-
 """The Trainer: wiring between transformers' loop and the parts of this package."""
 
 from collections.abc import Iterator
@@ -52,8 +38,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         model (`PreTrainedModel`): the student, also one wrapped by peft.
-        teacher (`PreTrainedModel`, `str` or `Path`): a model, also a quantized one; the path or Hub id of one; or a
-            folder of stored signals (`python -m whisper_hf.distillation cache`).
+        teacher (`PreTrainedModel`, `str` or `Path`): a model, also a quantized one, which is frozen and moved to the
+            student's device; the path or Hub id of one; or a folder of stored signals
+            (`python -m whisper_hf.distillation cache`).
         args ([`DistillationConfig`]): the Trainer's arguments and the losses.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's tokenizer, by default that
             beside a teacher; compared with `processing_class`.
@@ -84,7 +71,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the distillation loss; use the stock Trainer with it")
-        self.signals = StoredSignals(teacher) if is_signals(teacher) else None  # type: ignore[arg-type]
+        self.signals = StoredSignals(teacher) if is_signals(teacher) else None
         if self.signals is not None and train_dataset is not None:
             tokenizer = teacher_processing_class or kwargs.get("processing_class")
             self.signals.refuse_other(train_dataset, tokenizer, args.temperature)
@@ -109,11 +96,12 @@ class DistillationTrainer(Trainer):
         matching = wrapped = None
         self._refuse_combinations()
         if self.signals is not None:
-            self.data_collator = SignalCollator(self.data_collator, self.signals)
+            self.data_collator: Any = SignalCollator(self.data_collator, self.signals)
             refuse_smaller_vocabulary(head_size(self.model), self.signals.manifest.vocabulary)
         else:
             self.teacher = load_teacher(teacher, self.args.teacher_init_kwargs)
             refuse_shared_parameters(self.teacher, self.model, [])
+            self.teacher.requires_grad_(False)
             if "universal" not in self.args.divergences:
                 sizes = head_size(self.model), head_size(self.teacher)
                 refuse_other_vocabulary(sizes, self.processing_class, tokenizer or load_tokenizer(teacher))
@@ -159,8 +147,9 @@ class DistillationTrainer(Trainer):
         return matching, self.accelerator.prepare_model(matching)
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEACHER_COLUMNS]))
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*(self._signature_columns or ()), *TEACHER_COLUMNS]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, which also trains the projections of hidden states, and never the teacher."""

@@ -1,17 +1,3 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
-
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
-
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
-"""
-
-import argparse
-import copy
-import os
-import tempfile
-from pathlib import Path
-
 """Distillation loss without logits: the heads are applied to a few tokens at a time, forward and backward at once.
 
 The gradient is known as soon as the loss of a chunk is, so it is computed on the way, and no tensor `[tokens, V]`
@@ -152,13 +138,13 @@ def _add_gradients(
             total += grad
         return found[0]
     for total, parameter in zip(grads, parameters, strict=True):
-        if parameter is head.module.bias:
+        if parameter is head.bias:
             total += grad_logits.sum(0)
         elif total.dtype == logits.dtype == inputs.dtype:
             total.addmm_(grad_logits.T, inputs)  # without a temporary as large as the head
         else:  # under autocast
             total += grad_logits.T @ inputs.to(logits.dtype)
-    return grad_logits @ head.module.weight.detach().to(logits.dtype)
+    return grad_logits @ head.weight.detach().to(logits.dtype)
 
 
 def _terms(

@@ -1,17 +1,3 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
-
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
-
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
-"""
-
-import argparse
-import copy
-import os
-import tempfile
-from pathlib import Path
-
 """A model's language-modeling head: what it does to hidden states, down to the logits that the model returns."""
 
 from dataclasses import dataclass
@@ -35,7 +21,17 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """Number of logits, `V`."""
-        return getattr(self.module, "out_features", None) or len(self.module.weight)
+        return getattr(self.module, "out_features", None) or self.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's, `[V, H]` where it is linear."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's, `[V]`."""
+        return self.module.bias  # type: ignore[return-value]
 
     @property
     def is_linear(self) -> bool:
@@ -51,7 +47,7 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits, `[n, V]`, in the dtype that the module computes in."""
         if self.is_linear:  # past hooks that gather and free a sharded weight for every call
-            return nn.functional.linear(hidden, self.module.weight, self.module.bias)
+            return nn.functional.linear(hidden, self.weight, self.bias)
         logits = self.module(hidden)
         if self.scale != 1:
             logits = logits * self.scale
