@@ -41,7 +41,6 @@ TEACHERS = {
     "qwen3": Qwen3Config(**DEEP, head_dim=16, tie_word_embeddings=True),
 }
 NO_OP = 2  # the layer that `with_no_op` makes one
-PARTS = {"intermediate_size": ("down_proj", "gate_proj"), "num_key_value_heads": ("o_proj", "v_proj")}
 
 every_teacher = pytest.mark.parametrize("name", TEACHERS)
 
@@ -164,10 +163,8 @@ def test_removal_is_greedy() -> None:
         kept = min(all_but_one(kept), key=lambda layers: nats(student_from(teacher, layers=layers), calibration()))
     measured = layer_importance(teacher, calibration())
     assert kept != sorted(sorted(range(6), key=measured.__getitem__)[-2:])  # measured once, others would be kept
-    assert_same_weights(
-        student_from(teacher, 2, calibration=calibration()),
-        student_from(teacher, layers=kept),
-    )
+    student = student_from(teacher, 2, calibration=calibration())
+    assert_same_weights(student, student_from(teacher, layers=kept))
 
 
 @every_teacher
@@ -249,6 +246,14 @@ def test_all_lists_by_layer_are_cut_and_no_others() -> None:
     assert student.config.no_rope_layers == [1, 0, 1]
     assert len(student.config.layer_types) == 3
     assert student.config.eos_token_id == [2, 3, 4, 5]
+
+
+def test_norms_over_all_heads_lose_the_same_heads() -> None:
+    teacher = teacher_of(Olmo2Config(**DEEP))
+    student = student_from(teacher, num_key_value_heads=1, calibration=calibration())
+    attention, whole = (model.model.layers[0].self_attn for model in (student, teacher))
+    kept = (whole.k_proj.weight[:8] != attention.k_proj.weight).any()
+    assert torch.equal(attention.q_norm.weight, whole.q_norm.weight[16 * kept :][:16])
 
 
 def test_the_attention_implementation_is_kept() -> None:
@@ -355,15 +360,15 @@ def test_what_cannot_be_asked_for_is_refused(options: dict, words: list[str]) ->
         (None, ["got NoneType"]),
         ("text", ["got str"]),
         ({"input_ids": tokens()}, ["got dict", "list"]),
-        ([], ["got list"]),
+        ([], ["got 0 items"]),
         (["text"], ["got str"]),
         ([{"text": 1}], ["got dict"]),
         ([[[3, 4], [5]]], ["got list", "[B, T] int64"]),
         ([tokens().float()], ["float32", "integers"]),
         ([tokens()[None]], ["[1, 2, 160]"]),
         ([{"input_ids": [3, 4, 5], "attention_mask": [1, 1]}], ["[1, 3]", "[1, 2]"]),
-        ([3, 4, 5], ["two visible ones in a row", "[1, 1]"]),
-        ([{"input_ids": [3, 4, 5], "attention_mask": [1, 0, 1]}], ["two visible ones in a row", "0 such pairs"]),
+        ([3, 4, 5], ["two visible tokens in a row", "got 3 items"]),
+        ([{"input_ids": [3, 4, 5], "attention_mask": [1, 0, 1]}], ["two visible tokens in a row", "got 1 items"]),
         ([[3, VOCABULARY]], [f"below vocab_size={VOCABULARY}", "3 to 120", "tokenizer"]),
         ([[3, -1]], ["got -1 to 3"]),
     ],
@@ -384,9 +389,8 @@ SMALL = {key: value for key, value in DEEP.items() if key != "initializer_range"
         (lambda: nn.Linear(2, 2), ["got Linear", "AutoModelForCausalLM"]),
         (lambda: LlamaModel(TEACHERS["llama with biases"]), ["got LlamaModel"]),
         (lambda: teacher_of(GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2)), ["got GPT2LMHeadModel"]),
-        (lambda: teacher_of(MixtralConfig(**SMALL)), ["layer 0", "mlp.gate_proj", "such a family"]),
-        (lambda: teacher_of(XGLMConfig(vocab_size=9, d_model=16, num_layers=1, attention_heads=2)), ["layer 0"]),
-        (lambda: teacher_of(Olmo2Config(**DEEP)), ["layer 0", "'self_attn.q_norm': 32"]),
+        (lambda: teacher_of(MixtralConfig(**SMALL)), ["layers.3.mlp.gate_proj", "such a family"]),
+        (lambda: teacher_of(XGLMConfig(vocab_size=9, d_model=16, num_layers=1, attention_heads=2)), ["layers.0.mlp"]),
         (lambda: teacher_of(TEACHERS["mistral"]).to("meta"), ["one device", "['meta']"]),
     ],
 )
@@ -411,8 +415,15 @@ def test_quantized_teachers_are_refused_before_they_are_loaded(tmp_path) -> None
     teacher.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
     teacher.config.save_pretrained(tmp_path)
     for source in (teacher, tmp_path):
-        with pytest.raises(ValueError, match=r"quantization_config.*dequantize"):
+        with pytest.raises(ValueError, match=r"quantization_config.*full-precision"):
             student_from(source, layers=[0])
+
+
+def test_importance_refuses_what_students_refuse() -> None:
+    with pytest.raises(ValueError, match=r"got 'magnitude'; choose one of \['perplexity', 'block_influence'\]"):
+        layer_importance(teacher_of(TEACHERS["mistral"]), calibration(), "magnitude")
+    with pytest.raises(ValueError, match=r"got Linear"):
+        layer_importance(nn.Linear(2, 2), calibration())
 
 
 def test_a_loss_that_is_no_number_is_refused() -> None:

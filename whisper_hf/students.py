@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .conversion import _rebuild
 
 Batches = list[dict[str, Tensor]]  # of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64
+Measure = Callable[[Tensor, Tensor], Tensor]  # of a module's input and output, `[N, ...]` float32, for each token
 
 IMPORTANCES = ("perplexity", "block_influence")
 REMEDY = "pass a list of token id tensors, [T] or [B, T] int64, or of dicts of input_ids and attention_mask"
@@ -68,8 +69,8 @@ def student_from(
         The student in evaluation mode, on the teacher's device and in its dtype, with its generation config.
 
     Raises:
-        ValueError: a teacher of another shape, quantized or spread over devices; a size or index out of range, or one
-            that the teacher's family cannot represent; calibration that is missing or malformed; an unknown importance.
+        ValueError: a teacher of another shape, quantized or spread over devices; sizes or indices out of range or
+            beyond what its family can represent; missing or malformed calibration; an unknown importance.
     """
     _refuse_unknown(importance)
     teacher = _loaded(teacher)
@@ -81,14 +82,14 @@ def student_from(
         raise ValueError(f"layers must be one or more strictly increasing indices below {depth}, got {kept}")
     count = _size("num_hidden_layers", num_hidden_layers, len(kept))
     _refuse_other_shapes(teacher)
-    config = _narrowed(teacher.config, intermediate_size, num_key_value_heads)
+    config = _student_config(teacher.config, kept, intermediate_size, num_key_value_heads)
 
     narrow = [part for part, (width, _) in PARTS.items() if getattr(config, width) < getattr(teacher.config, width)]
     batches = _batches(calibration, teacher) if narrow or count < len(kept) else []
     if count < len(kept):
         kept = _most_important(teacher, count, batches, importance)
+        config = _student_config(teacher.config, kept, intermediate_size, num_key_value_heads)
     groups = {part: _largest_groups(teacher, kept, part, getattr(config, PARTS[part][0]), batches) for part in narrow}
-    config = _shortened(config, kept)
     return _rebuild(teacher, type(teacher), config, _weights(teacher, config, kept, groups)).eval()
 
 
@@ -112,7 +113,8 @@ def layer_importance(model: PreTrainedModel, calibration: Iterable, importance: 
     layers = _decoder_layers(model)
     batches = _batches(calibration, model)
     if importance == "block_influence":
-        return [1.0 - mean.item() for mean in _means(model, layers, partial(cosine_similarity, dim=-1), batches)]
+        similarities = _means(model, layers, partial(functional.cosine_similarity, dim=-1), batches, skipped=())
+        return [1.0 - similarity.item() for similarity in similarities]
     whole = _cross_entropy(model, batches)
     return [_cross_entropy(model, batches, [layer]) - whole for layer in range(len(layers))]
 
@@ -136,7 +138,7 @@ def _cross_entropy(model: PreTrainedModel, batches: Batches, skipped: Sequence[i
     with _measuring(model, skipped):
         for batch in batches:
             targets = int((batch["labels"] >= 0).sum())
-            total += targets * model(**batch, **QUIET).loss.item()
+            total += targets * model(**batch, **QUIET).loss.item() if targets else 0.0
             count += targets
     if not total < float("inf"):
         raise ValueError(f"the cross-entropy on the calibration must be finite, got {total}; load a wider dtype")
@@ -157,13 +159,9 @@ def _largest_groups(model: PreTrainedModel, kept: list[int], part: str, count: i
 
 
 def _means(
-    model: PreTrainedModel,
-    modules: Iterable[nn.Module],
-    measure: Callable[[Tensor, Tensor], Tensor],
-    batches: Batches,
-    skipped: Sequence[int] = (),
+    model: PreTrainedModel, modules: Iterable[nn.Module], measure: Measure, batches: Batches, skipped: Sequence[int]
 ) -> list[Tensor]:
-    """Average `measure` of each module's input and output, both `[N, ...]` float32, over all visible tokens."""
+    """Average the measure of each module over all visible tokens, with some layers skipped."""
     sums: dict[int, Any] = {}
 
     def add(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -208,42 +206,48 @@ def _measuring(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[None]
 
 def _batches(calibration: Iterable | None, model: PreTrainedModel) -> Batches:
     """Check the calibration and bring it into one form, on the model's device."""
-    items = () if calibration is None or isinstance(calibration, str | Mapping) else calibration
-    batches = [_batch(item, model) for item in items]
-    if not batches:
+    if calibration is None or isinstance(calibration, str | Mapping):
         raise ValueError(f"choosing what to keep needs calibration, got {type(calibration).__name__}; {REMEDY}")
+    batches = []
+    for item in calibration:
+        ids, mask = (item.get("input_ids"), item.get("attention_mask")) if isinstance(item, Mapping) else (item, None)
+        try:
+            ids = torch.atleast_2d(torch.as_tensor(ids, device=model.device))
+            mask = torch.atleast_2d(torch.as_tensor(torch.ones_like(ids) if mask is None else mask, device=ids.device))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"calibration must hold token ids, got {type(item).__name__}: {error}; {REMEDY}"
+            ) from error
+        if ids.is_floating_point() or ids.dim() != 2 or not ids.numel() or mask.shape != ids.shape:
+            got = f"{ids.dtype} {list(ids.shape)} with a mask {list(mask.shape)}"
+            raise ValueError(f"calibration must hold integers in one or two dimensions, got {got}; {REMEDY}")
+        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+            got = f"{ids.min()} to {ids.max()}; use the model's own tokenizer"
+            raise ValueError(f"calibration must hold ids below vocab_size={model.config.vocab_size}, got {got}")
+        visible = (mask != 0).long()
+        is_target = functional.pad(visible[:, 1:] * visible[:, :-1], (1, 0)).bool()  # a hidden token predicts nothing
+        labels = ids.long().masked_fill(~is_target, -100)
+        batches.append({"input_ids": ids.long(), "attention_mask": visible, "labels": labels})
+    if not any((batch["labels"] >= 0).any() for batch in batches):
+        raise ValueError(f"calibration must hold two visible tokens in a row, got {len(batches)} items; {REMEDY}")
     return batches
 
 
-def _batch(item: Any, model: PreTrainedModel) -> dict[str, Tensor]:
-    ids, mask = (item.get("input_ids"), item.get("attention_mask")) if isinstance(item, Mapping) else (item, None)
-    try:
-        ids = torch.atleast_2d(torch.as_tensor(ids, device=model.device))
-        mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask, device=model.device))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"calibration must hold token ids, got {type(item).__name__} ({error}); {REMEDY}") from error
-    is_target = (mask != 0) & (mask != 0).roll(1, -1)  # a hidden token predicts nothing
-    is_target[:, :1] = False
-    if ids.is_floating_point() or ids.dim() != 2 or mask.shape != ids.shape or not is_target.any():
-        got = f"{ids.dtype} {list(ids.shape)} with a mask {list(mask.shape)} and {int(is_target.sum())} such pairs"
-        raise ValueError(f"calibration must hold integers, two visible ones in a row, got {got}; {REMEDY}")
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        got = f"{ids.min()} to {ids.max()}; use the model's own tokenizer"
-        raise ValueError(f"calibration must hold ids below vocab_size={model.config.vocab_size}, got {got}")
-    ids = ids.long()
-    return {"input_ids": ids, "attention_mask": (mask != 0).long(), "labels": ids.masked_fill(~is_target, -100)}
-
-
-def _narrowed(teacher: Any, intermediate_size: int | None, num_key_value_heads: int | None) -> Any:
-    """Return a copy of the teacher's config with the student's widths, checked as when it is loaded."""
+def _student_config(teacher: Any, kept: list[int], channels: int | None, heads: int | None) -> Any:
+    """Return an adjusted copy of the teacher's config, checked as it will be when it is loaded."""
     config = copy.deepcopy(teacher)
-    config.intermediate_size = _size("intermediate_size", intermediate_size, config.intermediate_size)
-    heads = _size("num_key_value_heads", num_key_value_heads, config.num_key_value_heads)
+    config.intermediate_size = _size("intermediate_size", channels, config.intermediate_size)
+    heads = _size("num_key_value_heads", heads, config.num_key_value_heads)
     if heads < config.num_key_value_heads:
         # explicit: hidden_size // num_attention_heads will be another number
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         config.num_attention_heads = heads * (config.num_attention_heads // config.num_key_value_heads)
         config.num_key_value_heads = heads
+    for name, value in list(vars(config).items()):
+        # lists of one entry per layer, by name as well as by length: eos_token_id can be a list as long
+        if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, name, [value[layer] for layer in kept])
+    config.num_hidden_layers = len(kept)
     try:
         config.validate()
     except StrictDataclassError as error:
@@ -254,19 +258,7 @@ def _narrowed(teacher: Any, intermediate_size: int | None, num_key_value_heads: 
     return config
 
 
-def _shortened(config: PreTrainedConfig, kept: list[int]) -> PreTrainedConfig:
-    """Set the depth of the config, in place, and shorten its lists of one entry per layer, such as `layer_types`."""
-    for name, value in list(vars(config).items()):
-        # by name as well as by length: eos_token_id can be a list as long
-        if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(config, name, [value[layer] for layer in kept])
-    config.num_hidden_layers = len(kept)
-    return config
-
-
-def _weights(
-    teacher: PreTrainedModel, config: PreTrainedConfig, kept: list[int], groups: dict[str, list[Tensor]]
-) -> dict[str, Tensor]:
+def _weights(teacher: PreTrainedModel, config: Any, kept: list[int], groups: dict[str, list[Tensor]]) -> dict:
     """Copy the student's state dict from the teacher's: layers renumbered, kept groups selected where it is smaller."""
     with torch.device("meta"):
         student = type(teacher)(config).state_dict()
@@ -297,10 +289,7 @@ def _loaded(teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
     is_name = isinstance(teacher, str | os.PathLike)
     config = AutoConfig.from_pretrained(teacher) if is_name else getattr(teacher, "config", None)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "cannot cut quantized weights, got a quantization_config; take the full-precision checkpoint (or "
-            "model.dequantize()) and quantize the student"
-        )
+        raise ValueError("got a teacher with a quantization_config; cut the full-precision one, quantize the student")
     return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto") if is_name else teacher
 
 
@@ -320,14 +309,12 @@ def _refuse_other_shapes(teacher: PreTrainedModel) -> None:
     if len(devices) != 1 or "meta" in devices:
         raise ValueError(f"the teacher must lie on one device, got {sorted(devices)}; load it so")
     missing = [width for width, _ in PARTS.values() if not isinstance(getattr(teacher.config, width, None), int)]
+    projections = {f"{part}.{name}" for part, (_, names) in PARTS.items() for name in names}
     for index, layer in enumerate(teacher.base_model.layers):
         linear = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        needed = {f"{part}.{name}" for part, (_, names) in PARTS.items() for name in names}
-        missing += [f"layers.{index}.{name}" for name in sorted(needed - linear)]
+        missing += [f"layers.{index}.{name}" for name in sorted(projections - linear)]
     if missing:
-        raise ValueError(
-            f"the teacher must have the layers of Llama, got none of {missing}; choose one of such a family"
-        )
+        raise ValueError(f"the teacher must have Llama's layers, got none of {missing}; choose one of such a family")
 
 
 def _refuse_unknown(importance: str) -> None:

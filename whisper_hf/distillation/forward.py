@@ -135,10 +135,10 @@ class DistillationForward:
             return self._run(model, student, batch.inputs, states["student"])
 
         _, loss = student_head.run(forward, at_head)
-        for kind in self.kinds if self.teacher is not None else ():
-            distances = self.matching(kind, states["student"][kind], states["teacher"][kind], batch.counts)  # type: ignore[misc]
-            loss = loss + getattr(self.config, f"{kind}_weight") * distances.sum()
-            terms[kind] = distances.detach()
+        if self.matching is not None:
+            for kind, distances in self.matching(states["student"], states["teacher"], batch.counts).items():
+                loss = loss + getattr(self.config, f"{kind}_weight") * distances.sum()
+                terms[kind] = distances.detach()
         return BatchLosses(loss, terms)
 
     def _run(self, model: nn.Module, unwrapped: Any, inputs: dict[str, Any], states: dict[str, Any]) -> Any:

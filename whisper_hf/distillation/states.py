@@ -1,7 +1,9 @@
 """Matching what happens inside: hidden states and attention outputs, with projections where widths differ."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -37,30 +39,35 @@ class StateMatching(nn.Module):
             for whose, layer, depth in zip(("student", "teacher"), pair, depths, strict=True):
                 if not 0 <= layer < depth:
                     raise ValueError(f"layer_map names {whose} layer {layer}, expected 0 to {depth - 1}")
+        self.kinds = kinds
         self.projections = nn.ModuleDict()
         if student.hidden_size != teacher.hidden_size:
             for kind in kinds:
                 pairs = [nn.Linear(student.hidden_size, teacher.hidden_size, bias=False) for _ in self.layer_pairs]
                 self.projections[kind] = nn.ModuleList(pairs)
 
-    def forward(self, kind: str, student: list[Tensor], teacher: list[Tensor], counts: Tensor) -> Tensor:
-        """Compare the outputs of all layers.
+    def forward(
+        self, student: Mapping[str, Sequence[Tensor]], teacher: Mapping[str, Sequence[Tensor]], counts: Tensor
+    ) -> dict[str, Tensor]:
+        """Compare the outputs of all layers; one call for all kinds, as gradient-averaging wrappers expect.
 
         Args:
-            kind (`str`): which states these are.
-            student, teacher (lists of `[B, T, hidden_size]`): one for each layer.
+            student, teacher (mappings from kind to `[B, T, hidden_size]` of each layer).
             counts (`[B, T]`, bool): tokens that count.
 
         Returns:
-            `[n]`, float32, differentiable: mean over layer pairs of the distance of each token that counts.
+            for each kind `[n]`, float32, differentiable: mean over layer pairs of the distance of each such token.
         """
-        total: Tensor | float = 0.0
+        return {kind: self._distance(kind, student[kind], teacher[kind], counts) for kind in self.kinds}
+
+    def _distance(self, kind: str, student: Sequence[Tensor], teacher: Sequence[Tensor], counts: Tensor) -> Tensor:
+        distances = []
         for index, (i, j) in enumerate(self.layer_pairs):
             states = student[i][counts]
             if kind in self.projections:
                 states = self.projections[kind][index](states)  # type: ignore[index]
-            total = total + relative_distance(states, teacher[j][counts])
-        return total / len(self.layer_pairs)  # type: ignore[return-value]
+            distances.append(relative_distance(states, teacher[j][counts]))
+        return torch.stack(distances).mean(0)
 
     def save(self, folder: str | Path) -> None:
         """Write the projections, if there are any, beside the optimizer's state: they are no part of the student."""

@@ -54,6 +54,7 @@ class DistillationTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -176,9 +177,15 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collect the batches of an optimizer step; in some steps, let the student write them anew."""
+        if self.matching is not None:
+            self.matching.zero_grad()  # the Trainer empties the gradients of the model alone
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and is_on_policy_step(self.args.on_policy_fraction, self.args.seed, self.state.global_step):
-            batches = [self._write_batch(batch) for batch in batches]
+            with torch.random.fork_rng():  # what is sampled depends on the step alone, so resuming changes nothing
+                torch.manual_seed(
+                    (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
+                )
+                batches = [self._write_batch(batch) for batch in batches]
             count = self._get_num_items_in_batch(batches, device)
         if count is not None and not count:
             raise ValueError("all labels of a step are masked (-100), expected some tokens to learn; check the labels")

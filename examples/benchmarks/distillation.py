@@ -1,0 +1,306 @@
+"""What a small sparse student learns from a teacher five times its size, by each way of teaching it.
+
+    python examples/benchmarks/distillation.py                             # everything: about half an hour
+    python examples/benchmarks/distillation.py --seeds 1 --only cross-entropy forward_kl samples-12
+    pip install trl==1.16 && python examples/benchmarks/distillation.py --only trl-gkd
+
+All on one CPU thread, on bytes. The teacher, a dense Llama, reads one novel for about five minutes and is kept in
+`--output`. Every student is a WhisperLM of 0.27 million parameters whose tokens see 64 of 192 tokens; it reads one row
+of that novel after the other, in the same order and at the same learning rate whatever the method, and the best one for
+cross-entropy. `small` students start from random weights; `cut` ones are cut out of the teacher by `student_from`.
+
+Measured on another novel are the perplexity per byte, how much of the gap between cross-entropy and the teacher that
+closes, and how much greedy continuations repeat themselves (share of 4-grams seen before); and the CPU time of a step
+as a multiple of cross-entropy training's. Each is a mean over seeds (initial weights and order of rows) with its
+standard deviation. What was run already, with the same settings, is read from `--output` and not run again.
+"""
+
+import argparse
+import functools
+import json
+import math
+import shutil
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel as Model
+from transformers import default_data_collator as collate
+from transformers.utils import logging
+
+from whisper_hf import DistillationConfig, DistillationTrainer, WhisperLMConfig, from_dense, student_from
+from whisper_hf.distillation import write_signals
+from whisper_hf.objectives.divergences import SAME_TOKENS
+
+BOOKS = Path(__file__).resolve().parents[1] / "data"
+LENGTH = 192  # bytes of a row
+BATCH = 4  # rows of a step
+SPARSE = {"block_size": 16, "topk_blocks": 1, "local_blocks": 2, "sink_blocks": 1}  # 64 bytes
+SHARED = {"vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False}
+SHARED |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 1024}
+TEACHER = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 6}
+SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+CUT = {"intermediate_size": 96, "num_hidden_layers": 2}  # as many parameters as a small one
+TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE = 1000, 8, 4e-3
+HELD_OUT = 256  # rows of the other novel
+WRITTEN, PREFIX, NEW = 20, 64, 64  # continuations, bytes they continue, bytes they add
+NEVER = -1e4  # log-probability, in nats
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to teach: the losses (`None`: cross-entropy, by the stock Trainer), who learns, and from what."""
+
+    losses: dict[str, Any] | None = field(default_factory=lambda: {"divergence": "forward_kl"})
+    student: str = "small"
+    teacher: str = "full"
+    is_gkd: bool = False
+
+
+STATES = {"divergence": "forward_kl", "hidden_states_weight": 1.0}
+METHODS = {
+    "cross-entropy": Method(None),
+    **{name: Method({"divergence": name}) for name in SAME_TOKENS},
+    **{name: Method(teacher=name) for name in ("top-4", "top-16", "renormalised-4", "renormalised-16", "samples-12")},
+    **{name: Method(teacher=name) for name in ("int8", "nf4")},
+    "hidden states": Method(STATES),
+    "cut, cross-entropy": Method(None, "cut"),
+    "cut, forward_kl": Method(student="cut"),
+    "cut, hidden states": Method(STATES, "cut"),
+    "trl-gkd": Method(is_gkd=True),
+}
+
+
+def read_rows(name: str, count: int | None = None) -> Tensor:
+    """Return a novel as rows of bytes, `[N, LENGTH]` int64; or `count` of them, spread over all of it."""
+    text = torch.tensor(list((BOOKS / f"{name}.txt").read_bytes()))
+    rows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
+    return rows if count is None else rows[torch.arange(count) * len(rows) // count]
+
+
+def dataset(rows: Tensor) -> datasets.Dataset:
+    """Return rows, `[N, LENGTH]`, with labels."""
+    return datasets.Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
+
+
+def settings(kind: type, steps: int, rate: float, seed: int, batch: int = BATCH, **more: Any) -> Any:
+    """Return training arguments; nothing is logged or saved."""
+    schedule = {"max_steps": steps, "learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_steps": steps // 12}
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    shared = {"use_cpu": True, "dataloader_pin_memory": False, "bf16": False, "seed": seed}
+    return kind(per_device_train_batch_size=batch, **schedule, **quiet, **shared, **more)
+
+
+def train(trainer: Trainer) -> float:
+    """Train, and return the CPU seconds of a step."""
+    trainer.remove_callback(PrinterCallback)
+    start = time.process_time()
+    trainer.train()
+    return (time.process_time() - start) / trainer.args.max_steps
+
+
+def train_teacher(folder: Path) -> None:
+    """Make the teacher; the folder appears when it is complete."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHARED, **TEACHER))
+    print(f"training a teacher of {model.num_parameters():,} parameters ...", flush=True)
+    rows = dataset(read_rows("sense_and_sensibility"))
+    args = settings(TrainingArguments, TEACHER_STEPS, TEACHER_RATE, 0, TEACHER_BATCH, output_dir=str(folder.parent))
+    seconds = train(Trainer(model=model, args=args, train_dataset=rows, data_collator=collate))
+    print(f"{seconds * TEACHER_STEPS:.0f} s of CPU time", flush=True)
+    unfinished = folder.with_name("teacher-unfinished")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+@functools.cache
+def load_teacher(folder: Path, precision: str = "full") -> Model:
+    """Return the teacher, as it is or quantized: `int8` or `nf4`."""
+    kinds = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    config = {"quant_method": "bitsandbytes", **kinds[precision]} if precision in kinds else None
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
+
+
+def teacher_of(method: Method, folder: Path, rows: datasets.Dataset) -> Model | Path:
+    """Return a teacher, or the folder of its stored predictions, which are written if they are not there."""
+    kind, _, count = method.teacher.partition("-")
+    if not count:
+        return load_teacher(folder, kind)
+    what = "samples" if kind == "samples" else "top"
+    stored = folder.with_name(f"{what}-{count}-{len(rows)}")
+    write_signals(load_teacher(folder), rows, stored, kind=what, count=int(count), progress=False)
+    return without_rest(stored) if kind == "renormalised" else stored
+
+
+def without_rest(stored: Path) -> Path:
+    """Copy stored predictions, with all probability given to the likeliest tokens: the usual truncation."""
+    target = stored.with_name(f"renormalised-{stored.name}")
+    if not (target / "signals.json").exists():
+        for part in stored.glob("part-*"):
+            read = datasets.load_from_disk(str(part))
+            never = read.map(lambda row: {"teacher_log_rest": [NEVER] * LENGTH}, features=read.features)
+            never.save_to_disk(str(target / part.name))
+        shutil.copy(stored / "signals.json", target)
+    return target
+
+
+def make_student(kind: str, teacher: Model, rows: datasets.Dataset, seed: int) -> Model:
+    """Return a student; those cut out of the teacher are the same for all seeds."""
+    torch.manual_seed(seed)
+    if kind == "small":
+        model = AutoModelForCausalLM.from_config(WhisperLMConfig(**SHARED, **SMALL, sparse_attention=SPARSE))
+    else:
+        model = from_dense(student_from(teacher, **CUT, calibration=rows[:16]["input_ids"]), SPARSE)
+    model.set_attn_implementation("sdpa")  # the same function, and faster on rows as short as these
+    return model
+
+
+def make_trainer(method: Method, teacher: Any, arguments: dict[str, Any], **shared: Any) -> Trainer:
+    """Return the trainer of a method."""
+    if method.is_gkd:
+        from transformers import ByT5Tokenizer
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        forward_kl = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0}
+        args = settings(GKDConfig, **arguments, **forward_kl, activation_checkpointing=False)
+        return GKDTrainer(teacher_model=teacher, args=args, processing_class=ByT5Tokenizer(), **shared)  # not used
+    if method.losses is None:
+        return Trainer(args=settings(TrainingArguments, **arguments), **shared)
+    args = settings(DistillationConfig, **arguments, **method.losses)
+    return DistillationTrainer(teacher=teacher, args=args, **shared)
+
+
+def repetition(rows: Tensor) -> float:
+    """Return the share of 4-grams in a row, `[N, T]`, that it has had before; mean over rows, in [0, 1]."""
+    return statistics.mean(1 - len(row.unfold(0, 4, 1).unique(dim=0)) / (len(row) - 3) for row in rows)
+
+
+@torch.no_grad()
+def measure(model: Model) -> dict[str, float]:
+    """Measure a model on the novel that none has read."""
+    rows = read_rows("northanger_abbey", HELD_OUT)
+    model.eval()
+    prompts = rows[:: HELD_OUT // WRITTEN][:WRITTEN, :PREFIX]
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(prompts)}
+    written = model.generate(prompts, **greedy)[:, PREFIX:]
+    losses = [model(part, labels=part, use_cache=False).loss for part in rows.split(32)]
+    return {"perplexity": math.exp(torch.stack(losses).mean().item()), "repetition": repetition(written)}
+
+
+def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a student by one method, and measure it."""
+    method, rows = METHODS[name], dataset(read_rows("sense_and_sensibility", options.steps * BATCH))
+    folder = options.output / "teacher"
+    student = make_student(method.student, load_teacher(folder), rows, seed)
+    teacher = teacher_of(method, folder, rows)
+    arguments = {"steps": options.steps, "rate": options.learning_rate, "seed": seed, "output_dir": str(options.output)}
+    shared = {"model": student, "train_dataset": rows, "data_collator": collate}
+    seconds = train(make_trainer(method, teacher, arguments, **shared))
+    row = {"method": name, "seed": seed, "seconds": seconds, **measure(student)}
+    print(f"{name:20s} seed {seed}: {row['perplexity']:.3f}, {1000 * seconds:.0f} ms a step", flush=True)
+    return row
+
+
+def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return for each method mean and standard deviation over seeds; shares and ratios are taken seed by seed."""
+    base = {row["seed"]: row for row in results["rows"] if row["method"] == "cross-entropy"}
+    best = results["teacher"]["perplexity"]
+    summary = []
+    for name in METHODS:
+        rows = [row for row in results["rows"] if row["method"] == name and row["seed"] in base]
+        gaps = [(base[row["seed"]]["perplexity"], row["perplexity"]) for row in rows]
+        values = {key: [row[key] for row in rows] for key in ("perplexity", "repetition")}
+        values["closed"] = [100 * (plain - reached) / (plain - best) for plain, reached in gaps]
+        values["time"] = [row["seconds"] / base[row["seed"]]["seconds"] for row in rows]
+        if rows:
+            spread = {key: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0) for key, v in values.items()}
+            summary.append({"method": name, "seeds": len(rows), **spread})
+    return summary
+
+
+def report(summary: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    """Return the table."""
+    digits = {"perplexity": 3, "closed": 1, "repetition": 3, "time": 2}
+    cells = [[f"{row[key][0]:.{n}f} ± {row[key][1]:.{n}f}" for key, n in digits.items()] for row in summary]
+    table = [[row["method"], *shown, row["seeds"]] for row, shown in zip(summary, cells, strict=True)]
+    table.append(["teacher", f"{results['teacher']['perplexity']:.3f}", 100, f"{results['teacher']['repetition']:.3f}"])
+    table.append(["the novel itself", "", "", f"{results['novel']:.3f}"])
+    return tabulate(table, ["", "perplexity", "gap closed, %", "repetition", "time of a step", "seeds"], "github")
+
+
+def plot(summary: list[dict[str, Any]], path: Path) -> None:
+    """Draw how much of the gap each method closes, with its standard deviation over seeds."""
+    figure = Figure(figsize=(8, 0.3 * len(summary) + 1), layout="constrained")
+    axis = figure.subplots()
+    values, spread = zip(*(row["closed"] for row in summary), strict=True)
+    axis.barh([row["method"] for row in summary], values, xerr=spread)
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel("gap between cross-entropy and the teacher that is closed, %")
+    figure.savefig(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--steps", type=int, default=240, help="of a student (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
+    add("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--learning-rate", type=float, default=4e-3, help="of all students (default: %(default)s)")
+    add("--output", type=Path, default=Path("runs/distillation"), help="folder (default: %(default)s)")
+    options = parser.parse_args()
+    if min(options.steps, options.seeds) < 1:
+        parser.error(f"--steps and --seeds must be at least 1, got {options.steps} and {options.seeds}")
+    return options
+
+
+def read_results(options: argparse.Namespace) -> dict[str, Any]:
+    """Return earlier results, if they were made with these settings, or those of the teacher alone."""
+    path, folder = options.output / "distillation.json", options.output / "teacher"
+    made = {"steps": options.steps, "learning_rate": options.learning_rate, "torch": torch.__version__}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("settings") == made:
+        return found
+    if not folder.exists():
+        train_teacher(folder)
+    novel = repetition(read_rows("northanger_abbey", HELD_OUT)[:, :NEW])
+    return {"settings": made, "teacher": measure(load_teacher(folder)), "novel": novel, "rows": []}
+
+
+def main() -> None:
+    """Run what has not been run, print and write."""
+    options = parse_arguments()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")  # on every call
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = read_results(options)
+    print(f"teacher: {results['teacher']}")
+    if "trl-gkd" in options.only and not find_spec("trl"):
+        print("TRL is not installed, so its GKD is left out; to compare: pip install trl==1.16")
+        options.only.remove("trl-gkd")
+    for seed in range(options.seeds):
+        for name in dict.fromkeys(["cross-entropy", *options.only]):  # which the others are compared with
+            if (name, seed) not in {(row["method"], row["seed"]) for row in results["rows"]}:
+                results["rows"].append(run(name, seed, options))
+                (options.output / "distillation.json").write_text(json.dumps(results, indent=1) + "\n")
+    summary = summarize(results)
+    print(f"\n{report(summary, results)}")
+    plot(summary, options.output / "distillation.svg")
+
+
+if __name__ == "__main__":
+    main()
