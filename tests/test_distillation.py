@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -458,21 +459,52 @@ if trainer.is_world_process_zero():
 """
 
 
+SHARDED = """
+import json, sys
+import torch
+from torch.distributed.fsdp import fully_shard
+from tests import test_distillation as t
+from whisper_hf.distillation.capture import HeadReplacement
+from whisper_hf.distillation.forward import Batch, DistillationForward
+torch.distributed.init_process_group("gloo")
+rank, data = torch.distributed.get_rank(), t.dataset.__wrapped__()
+mesh = torch.distributed.init_device_mesh("cpu", (2,))
+student, teacher = t.student_model(), t.teacher_model()
+for model in (student, teacher):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard([model.model.norm, model.lm_head], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+run = DistillationForward(t.config(sys.argv[1], **json.loads(sys.argv[2])), teacher, teacher, None)
+batch = Batch.split(t.pad([data[i] for i in range(4 * rank, 4 * rank + 4)]), "labels")
+loss = run(student, student, HeadReplacement(student), batch).loss
+(2 * loss / 100).backward()
+gradients = {name: p.grad.full_tensor().double().square().sum().item() for name, p in student.named_parameters()}
+if rank == 0:
+    open(sys.argv[1] + "/result.json", "w").write(json.dumps(gradients))
+torch.distributed.barrier()
+"""
+
+
+def run_on_two(script: str, folder: Path, options: dict) -> Any:
+    """Run a script on two processes, and return what it has written."""
+    (folder / "run.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    command += [sys.executable, str(folder / "run.py"), str(folder), json.dumps(options)]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
 @pytest.mark.parametrize("options", [TERMS, GREEDY_ON_POLICY, STATES], ids=["fixed", "on-policy", "states"])
 def test_two_processes_equal_one(options, dataset, tmp_path) -> None:
     """Loss, gradient norm, weights and evaluation (of seven examples, which two processes cannot share evenly)."""
     single = train(dataset, tmp_path, per_device_eval_batch_size=2, **options)
     metrics = single.evaluate()
-    (tmp_path / "run.py").write_text(TWO_PROCESSES)
     shared = {**options, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    command += [sys.executable, str(tmp_path / "run.py"), str(tmp_path), json.dumps(shared)]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        command, cwd=root, env={**_environment(), "PYTHONPATH": str(root)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "result.json").read_text())
+    found = run_on_two(TWO_PROCESSES, tmp_path, shared)
     for mine, theirs in zip(single.state.log_history, found["history"], strict=False):
         for name in {"loss", "grad_norm", "divergence", "cross_entropy", "hidden_states"} & set(mine):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
@@ -482,10 +514,13 @@ def test_two_processes_equal_one(options, dataset, tmp_path) -> None:
         assert found["metrics"][name] == pytest.approx(metrics[name], rel=1e-4)
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def test_sharded_student_and_teacher_equal_whole_ones(dataset, tmp_path) -> None:
+    """FSDP2: both heads, whose weights are shards outside of the forward pass, are whole where the loss is computed."""
+    trainer = trainer_of(dataset, tmp_path, **TERMS)
+    trainer.compute_loss(trainer.model, pad([dataset[i] for i in range(8)]), num_items_in_batch=100).backward()
+    found = run_on_two(SHARDED, tmp_path, TERMS)
+    for name, parameter in trainer.model.named_parameters():
+        assert found[name] == pytest.approx(parameter.grad.double().square().sum().item(), rel=1e-3), name
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -431,6 +431,18 @@ def test_values_are_float32_under_autocast(name: str) -> None:
     assert_same(got, computed(logits, Identity(V), labels, target))
 
 
+@pytest.mark.parametrize("kind", ["with bias", "low rank"])
+def test_a_loss_scale_beyond_float16_does_not_overflow(kind: str) -> None:
+    """As of a gradient scaler, which starts at 65536 where float16 ends at 65504."""
+    (hidden, _, labels), module = student_of(dtype=torch.float16), head_of(kind)[0].half()
+    options = {"cross_entropy_weight": 1e-3, "chunk_tokens": 7}
+    leaves, results = [leaf for leaf in (hidden, *module.parameters()) if leaf.requires_grad], []
+    for factor in (1.0, 1e5):
+        loss = factor * chunked_distillation_loss(hidden, module, labels, None, **options).loss
+        results.append([gradient.float() / factor for gradient in torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-6)
+
+
 # --- memory and autograd ---------------------------------------------------------------------------------------------
 
 

@@ -297,6 +297,13 @@ def test_calibration_may_be_lists_arrays_or_a_generator() -> None:
     assert layer_importance(teacher, tokens(2, 80)) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_dropout_is_off_while_measuring(importance: str) -> None:
+    teacher = teacher_of(LlamaConfig(**DEEP, attention_dropout=0.5))
+    expected = layer_importance(teacher, calibration(), importance)
+    assert layer_importance(teacher.train(), calibration(), importance) == expected
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_teacher_does_not_notice(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = teacher_of(TEACHERS["whisper_lm"]).train()

@@ -55,6 +55,7 @@ TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE = 1000, 8, 4e-3
 HELD_OUT = 256  # rows of the other novel
 WRITTEN, PREFIX, NEW = 20, 64, 64  # continuations, bytes they continue, bytes they add
 NEVER = -1e4  # log-probability, in nats
+DIGITS = {"perplexity": 3, "closed": 1, "repetition": 3, "time": 2}  # what is reported, and shown after the point
 
 
 @dataclass(frozen=True)
@@ -214,24 +215,22 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Return for each method mean and standard deviation over seeds; shares and ratios are taken seed by seed."""
     base = {row["seed"]: row for row in results["rows"] if row["method"] == "cross-entropy"}
-    best = results["teacher"]["perplexity"]
-    summary = []
+    best, rows, summary = results["teacher"]["perplexity"], [], []
+    for row in results["rows"]:
+        plain = base[row["seed"]]
+        closed = 100 * (plain["perplexity"] - row["perplexity"]) / (plain["perplexity"] - best)
+        rows.append({**row, "closed": closed, "time": row["seconds"] / plain["seconds"]})
     for name in METHODS:
-        rows = [row for row in results["rows"] if row["method"] == name and row["seed"] in base]
-        gaps = [(base[row["seed"]]["perplexity"], row["perplexity"]) for row in rows]
-        values = {key: [row[key] for row in rows] for key in ("perplexity", "repetition")}
-        values["closed"] = [100 * (plain - reached) / (plain - best) for plain, reached in gaps]
-        values["time"] = [row["seconds"] / base[row["seed"]]["seconds"] for row in rows]
-        if rows:
-            spread = {key: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0) for key, v in values.items()}
-            summary.append({"method": name, "seeds": len(rows), **spread})
+        columns = {key: [row[key] for row in rows if row["method"] == name] for key in DIGITS}
+        if count := len(columns["closed"]):
+            spread = {k: (statistics.mean(v), statistics.stdev(v) if count > 1 else 0) for k, v in columns.items()}
+            summary.append({"method": name, "seeds": count, **spread})
     return summary
 
 
 def report(summary: list[dict[str, Any]], results: dict[str, Any]) -> str:
     """Return the table."""
-    digits = {"perplexity": 3, "closed": 1, "repetition": 3, "time": 2}
-    cells = [[f"{row[key][0]:.{n}f} ± {row[key][1]:.{n}f}" for key, n in digits.items()] for row in summary]
+    cells = [[f"{row[key][0]:.{n}f} ± {row[key][1]:.{n}f}" for key, n in DIGITS.items()] for row in summary]
     table = [[row["method"], *shown, row["seeds"]] for row, shown in zip(summary, cells, strict=True)]
     table.append(["teacher", f"{results['teacher']['perplexity']:.3f}", 100, f"{results['teacher']['repetition']:.3f}"])
     table.append(["the novel itself", "", "", f"{results['novel']:.3f}"])
@@ -245,7 +244,6 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
     values, spread = zip(*(row["closed"] for row in summary), strict=True)
     axis.barh([row["method"] for row in summary], values, xerr=spread)
     axis.invert_yaxis()
-    axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xlabel("gap between cross-entropy and the teacher that is closed, %")
     figure.savefig(path)
 

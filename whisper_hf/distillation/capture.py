@@ -60,7 +60,7 @@ class HeadReplacement:
         """
         if self._head is None:
             self._head = self._probe(forward)
-        with self._replaced(lambda hidden: (function(hidden) * SMALL).view(1, 1, 1)):
+        with self._replaced(lambda hidden: function(hidden).view(1, 1, 1) * SMALL):
             outputs = forward()
         return outputs, outputs.logits.float().sum() / (SMALL * self.head.scale)
 
