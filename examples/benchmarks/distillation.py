@@ -22,7 +22,6 @@ import math
 import shutil
 import statistics
 import time
-import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,7 +73,6 @@ METHODS = {
     **{name: Method({"divergence": name}) for name in SAME_TOKENS},
     **{name: Method(teacher=name) for name in ("top-4", "top-16", "renormalised-4", "renormalised-16", "samples-12")},
     **{name: Method(teacher=name) for name in ("int8", "nf4")},
-    "hidden states": Method(STATES),
     "cut, cross-entropy": Method(None, "cut"),
     "cut, forward_kl": Method(student="cut"),
     "cut, hidden states": Method(STATES, "cut"),
@@ -283,7 +281,7 @@ def main() -> None:
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")  # on every call
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a rounding on every call
     options.output.mkdir(parents=True, exist_ok=True)
     results = read_results(options)
     print(f"teacher: {results['teacher']}")

@@ -35,8 +35,8 @@ class Head:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the logits are a plain product with a weight."""
-        is_plain = type(self.module) is nn.Linear and "forward" not in vars(self.module)
+        """Whether the logits are a plain product with a weight; sharding derives a class of its own from `nn.Linear`."""
+        is_plain = type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
         return is_plain and self.scale == 1 and self.cap is None
 
     @property
@@ -46,9 +46,7 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits, `[n, V]`, in the dtype that the module computes in."""
-        if self.is_linear:  # past hooks that gather and free a sharded weight for every call
-            return nn.functional.linear(hidden, self.weight, self.bias)
-        logits = self.module(hidden)
+        logits = self.module.forward(hidden)  # past hooks, which would free a sharded weight after the first call
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
