@@ -315,15 +315,16 @@ class LowRank(nn.Module):
         return self.base(hidden) + self.up(self.down(hidden))
 
 
-class ScaledAndCapped(nn.Module):
-    """What `Head(module, 0.5, 3.0)` means."""
+class Treated(nn.Module):
+    """What `Head(module, scale, cap)` means."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, scale: float, cap: float | None) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.scale, self.cap = module, scale, cap
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return 3 * torch.tanh(0.5 * self.module(hidden) / 3)
+        logits = self.scale * self.module(hidden)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 def head_of(kind: str) -> tuple[nn.Module | Head, nn.Module]:
@@ -337,11 +338,12 @@ def head_of(kind: str) -> tuple[nn.Module | Head, nn.Module]:
         module.bias.requires_grad_(False)
     elif kind == "frozen":
         module.requires_grad_(False)
-    return (Head(module, 0.5, 3.0), ScaledAndCapped(module)) if kind.endswith("capped") else (module, module)
+    treatment = (0.5 if "scaled" in kind else 1.0, 3.0 if "capped" in kind else None)
+    return (module, module) if treatment == (1.0, None) else (Head(module, *treatment), Treated(module, *treatment))
 
 
 PLAIN_HEADS = ["with bias", "without bias", "only bias", "only weight", "frozen"]
-OTHER_HEADS = ["low rank", "patched", "scaled and capped", "low rank, capped"]
+OTHER_HEADS = ["low rank", "patched", "scaled", "capped", "scaled and capped", "low rank, scaled and capped"]
 
 
 @pytest.mark.parametrize("kind", PLAIN_HEADS + OTHER_HEADS)
@@ -366,9 +368,18 @@ def test_what_is_frozen_gets_no_gradient(kind: str) -> None:
     chunked_distillation_loss(hidden, head, labels, teacher_of("forward_kl"), chunk_tokens=7).loss.backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in module.parameters())
     assert all(parameter.grad is None for parameter in frozen)
-    hidden.grad = None
-    losses = chunked_distillation_loss(hidden.detach(), head, labels, teacher_of("forward_kl"))
+
+
+@pytest.mark.parametrize("kind", PLAIN_HEADS + OTHER_HEADS)
+def test_a_head_can_be_trained_alone(kind: str) -> None:
+    head, module = head_of(kind)
+    hidden, _, labels = student_of()
+    options = {"cross_entropy_weight": 1.0, "chunk_tokens": 7}
+    losses = chunked_distillation_loss(hidden.detach(), head, labels, None, **options)
     assert losses.loss.requires_grad == (kind != "frozen")
+    if kind != "frozen":
+        expected = definition(hidden.detach(), module, labels, None, cross_entropy_weight=1.0)
+        assert_same(outcome(losses, hidden.detach(), module), expected)
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -513,11 +524,14 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
-def test_without_gradients_there_is_no_graph_and_the_same_loss() -> None:
-    student, target = student_of(), teacher_of("forward_kl")
-    expected = chunked_distillation_loss(*student, target, cross_entropy_weight=0.5)
+@pytest.mark.parametrize("kind", ["with bias", "low rank"])
+def test_without_gradients_there_is_no_graph_and_the_same_loss(kind: str, count_calls) -> None:
+    (hidden, _, labels), module, target = student_of(), head_of(kind)[0], teacher_of("forward_kl")
+    expected = chunked_distillation_loss(hidden, module, labels, target, cross_entropy_weight=0.5)
+    derived = count_calls(chunked, "logits_gradient")
     with torch.no_grad():
-        losses = chunked_distillation_loss(*student, target, cross_entropy_weight=0.5)
+        losses = chunked_distillation_loss(hidden, module, labels, target, cross_entropy_weight=0.5)
+    assert not derived
     assert expected.loss.requires_grad
     assert not expected.divergence.requires_grad
     assert not expected.cross_entropy.requires_grad

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from whisper_hf import WhisperLMConfig, from_dense
+from whisper_hf.importance import IMPORTANCES, layer_importance
 from whisper_hf.model.configuration_whisper_lm import FULL_ATTENTION, MASKED_SPARSE_ATTENTION
-from whisper_hf.students import IMPORTANCES, layer_importance, student_from
+from whisper_hf.students import student_from
 
 from .conftest import SIZES, SPARSE, VOCABULARY, tokens
 

@@ -29,6 +29,7 @@ from .model.modeling_whisper_lm import (
 if TYPE_CHECKING:
     from .conversion import convert_checkpoint, from_dense, to_dense
     from .distillation import DistillationConfig, DistillationTrainer
+    from .importance import layer_importance
     from .students import student_from
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ _LAZY = {
     "to_dense": "conversion",
     "DistillationConfig": "distillation",
     "DistillationTrainer": "distillation",
+    "layer_importance": "importance",
     "student_from": "students",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "WhisperLMPreTrainedModel",
     "convert_checkpoint",
     "from_dense",
+    "layer_importance",
     "masked_sparse_attention_forward",
     "student_from",
     "to_dense",

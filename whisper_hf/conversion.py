@@ -100,7 +100,7 @@ def from_dense(
         source = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **from_pretrained_kwargs})
         config = sparse_config(source.config, sparse_attention)
         weights = source.state_dict()
-    return _rebuild(source, WhisperLMForCausalLM, config, weights)
+    return rebuild(source, WhisperLMForCausalLM, config, weights)
 
 
 def to_dense(model: WhisperLMForCausalLM, family: str | None = None) -> PreTrainedModel:
@@ -125,7 +125,7 @@ def to_dense(model: WhisperLMForCausalLM, family: str | None = None) -> PreTrain
         raise ValueError(f"to_dense takes a WhisperLMForCausalLM, got {type(model).__name__}; merge adapters first")
     config = dense_config(model.config, family)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return _rebuild(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, weights)
+    return rebuild(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, weights)
 
 
 def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConfig | dict | None) -> WhisperLMConfig:
@@ -197,7 +197,7 @@ def _dense_fields(config: WhisperLMConfig, family: str) -> tuple[dict[str, bool]
     return fields, conflicts
 
 
-def _rebuild(
+def rebuild(
     source: PreTrainedModel, model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Any]
 ) -> Any:
     """Make a model of another class around the same weights."""

@@ -34,12 +34,12 @@ from measuring import Run, alternate, peak_memory
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Trainer
 from transformers import default_data_collator as collate
 
 from whisper_hf import DistillationConfig, DistillationTrainer
-from whisper_hf.objectives import chunked_distillation_loss
+from whisper_hf.objectives import Head, TeacherTarget, chunked_distillation_loss, weighted_divergence
 
 HIDDEN = {32768: 256, 151936: 64}  # V: H, chosen so that the vocabulary dominates
 BATCH, LENGTH = 4, 256  # B, T
@@ -47,9 +47,18 @@ TOKENS = BATCH * LENGTH  # N
 TOLERANCE = 1e-3  # relative difference of losses and gradients
 
 
+def linear(weight: Tensor) -> nn.Linear:
+    """Return a module that holds a weight, `[V, H]`."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    return module
+
+
 def our_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
     """Return our loss: mean nats a token, as below; `hidden` `[N, H]` and `head` `[V, H]`, the teacher's alike."""
-    return chunked_distillation_loss(hidden, head, teacher_hidden, teacher_head, divergence="forward_kl")
+    target = TeacherTarget(teacher_hidden, Head(linear(teacher_head)), weighted_divergence({"forward_kl": 1.0}))
+    labels = torch.zeros(len(hidden), dtype=torch.long)
+    return chunked_distillation_loss(hidden, linear(head), labels, target).loss / len(hidden)
 
 
 def gkd_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
@@ -90,11 +99,11 @@ def loss_run(name: str, vocabulary: int, tokens: int = TOKENS) -> Callable[[], l
     tensors = [torch.randn(shape, generator=generator) for shape in [(tokens, size), (vocabulary, size)] * 2]
     for head in tensors[1::2]:
         head *= size**-0.5  # logits of unit variance
-    leaves = [tensor.requires_grad_() for tensor in tensors[:2]]
+    tensors[:2] = [nn.Parameter(tensor) for tensor in tensors[:2]]
 
     def run() -> list[Tensor]:
         value = LOSSES[name](*tensors)
-        return [value.detach(), *torch.autograd.grad(value, leaves)]
+        return [value.detach(), *torch.autograd.grad(value, tensors[:2])]
 
     return run
 

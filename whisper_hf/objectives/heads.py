@@ -35,7 +35,7 @@ class Head:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the logits are a plain product with a weight; sharding derives a class of its own from `nn.Linear`."""
+        """Whether the logits are a plain product with a weight; sharding derives its own class from `nn.Linear`."""
         is_plain = type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
         return is_plain and self.scale == 1 and self.cap is None
 
