@@ -30,7 +30,9 @@ from whisper_hf.distillation import forward as forward_module
 from .conftest import SIZES, VOCABULARY, tiny_model
 
 TERMS = {"cross_entropy_weight": 0.3, "temperature": 2.0}
+DIVERSE = {"diversity_weight": 0.5, "divergence": {"forward_kl": 0.5, "reverse_kl": 0.5}}
 GREEDY_ON_POLICY = {"on_policy_fraction": 1.0, "on_policy_temperature": 0.0, "on_policy_max_new_tokens": 8}
+KINDS = ["fixed", "on-policy", "states", "diverse"]
 STATES = {"hidden_states_weight": 0.1, "attention_outputs_weight": 0.1}
 
 
@@ -51,7 +53,7 @@ def dataset() -> Dataset:
     """Return 32 examples of 5 to 120 tokens, the first three of which are a prompt."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(5, 121, (32,), generator=generator).tolist()
-    rows = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    rows = [torch.randint(3, 30, (length,), generator=generator).tolist() for length in lengths]
     return Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 3 + row[3:] for row in rows]})
 
 
@@ -195,7 +197,7 @@ def test_no_tensor_is_as_large_as_the_logits(dataset, tmp_path) -> None:
     assert Largest.size <= max(weights, 16 * VOCABULARY)
 
 
-@pytest.mark.parametrize("options", [TERMS, GREEDY_ON_POLICY, STATES], ids=["fixed", "on-policy", "states"])
+@pytest.mark.parametrize("options", [TERMS, GREEDY_ON_POLICY, STATES, DIVERSE], ids=KINDS)
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (1, 8)])
 def test_accumulation_changes_nothing(options, batch_size, accumulation, dataset, tmp_path) -> None:
     """Although micro-batches hold from 2 to 117 tokens."""
@@ -206,9 +208,12 @@ def test_accumulation_changes_nothing(options, batch_size, accumulation, dataset
         results.append(train(dataset, tmp_path, **options))
     assert_same_training(*results)
     terms = [
-        name for name in ("divergence", "cross_entropy", "hidden_states") if name in results[0].state.log_history[0]
+        name
+        for name in ("divergence", "cross_entropy", "hidden_states", "diversity")
+        if name in results[0].state.log_history[0]
     ]
     assert terms
+    assert "diversity" not in terms or logged(results[0], "diversity").min() > 0
     torch.testing.assert_close(logged(results[0], *terms), logged(results[1], *terms), rtol=1e-4, atol=1e-6)
 
 
@@ -498,7 +503,7 @@ def run_on_two(script: str, folder: Path, options: dict) -> Any:
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("options", [TERMS, GREEDY_ON_POLICY, STATES], ids=["fixed", "on-policy", "states"])
+@pytest.mark.parametrize("options", [TERMS, GREEDY_ON_POLICY, STATES, DIVERSE], ids=KINDS)
 def test_two_processes_equal_one(options, dataset, tmp_path) -> None:
     """Loss, gradient norm, weights and evaluation (of seven examples, which two processes cannot share evenly)."""
     single = train(dataset, tmp_path, per_device_eval_batch_size=2, **options)
@@ -506,7 +511,7 @@ def test_two_processes_equal_one(options, dataset, tmp_path) -> None:
     shared = {**options, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
     found = run_on_two(TWO_PROCESSES, tmp_path, shared)
     for mine, theirs in zip(single.state.log_history, found["history"], strict=False):
-        for name in {"loss", "grad_norm", "divergence", "cross_entropy", "hidden_states"} & set(mine):
+        for name in {"loss", "grad_norm", "divergence", "cross_entropy", "hidden_states", "diversity"} & set(mine):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
     for name, parameter in single.model.named_parameters():
         assert found["weights"][name] == pytest.approx(parameter.double().sum().item(), rel=1e-4, abs=1e-4)

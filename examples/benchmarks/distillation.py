@@ -253,7 +253,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=240, help="of a student (default: %(default)s)")
     add("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    add("--learning-rate", type=float, default=4e-3, help="of all students (default: %(default)s)")
+    add("--learning-rate", type=float, default=2e-3, help="of all students (default: %(default)s)")
     add("--output", type=Path, default=Path("runs/distillation"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     if min(options.steps, options.seeds) < 1:

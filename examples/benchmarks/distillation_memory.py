@@ -131,7 +131,7 @@ def tiny_models(vocabulary: int) -> list[LlamaForCausalLM]:
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, initializer_range=size**-0.5)  # logits of unit variance
     torch.manual_seed(0)
-    return [LlamaForCausalLM(config) for _ in range(2)]
+    return [LlamaForCausalLM(config).eval() for _ in range(2)]
 
 
 def token_rows(vocabulary: int, steps: int) -> Dataset:

@@ -56,7 +56,7 @@ def tokenize(
         rows = tokenizer(batch[column], add_special_tokens=False)["input_ids"]
         tokens = [token for row in rows if row for token in (*row, *end)]
         cut = [tokens[i : i + max_length] for i in range(0, len(tokens), max_length)]
-        return {"input_ids": cut, "labels": cut}
+        return {"input_ids": cut}
 
     return dataset.map(pieces, batched=True, remove_columns=dataset.column_names, desc="tokenizing")
 
@@ -68,7 +68,9 @@ def cache(options: argparse.Namespace) -> None:
     if "input_ids" not in dataset.column_names:
         dataset = tokenize(dataset, tokenizer, options.text_column, options.max_length)
         if not (options.output / "data").exists():
-            dataset.save_to_disk(str(options.output / "data"))
+            unfinished = options.output / "unfinished-data"
+            dataset.save_to_disk(str(unfinished))
+            unfinished.rename(options.output / "data")
         print(f"the data set to train on is {options.output / 'data'}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=options.dtype).to(device)
@@ -106,4 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        parser().error(str(error))

@@ -14,7 +14,8 @@ class DistillationConfig(TrainingArguments):
     """[`~transformers.TrainingArguments`] and what is particular to distillation.
 
     The loss of a token is `divergence_weight * temperature**2 * divergence + cross_entropy_weight * cross-entropy +
-    hidden_states_weight * distance + attention_outputs_weight * distance`, in nats (distances: ratios).
+    diversity_weight * contrast + hidden_states_weight * distance + attention_outputs_weight * distance`, in nats
+    (distances: ratios).
 
     Args:
         divergence (`str` or mapping, defaults to `"forward_kl"`): name in `whisper_hf.objectives.DIVERGENCES`, or
@@ -25,6 +26,9 @@ class DistillationConfig(TrainingArguments):
         skew_alpha (`float`, defaults to 0.1): how much of the other distribution the skewed divergences mix in, in
             (0, 1).
         cross_entropy_weight (`float`, defaults to 0.0): of the cross-entropy of the labels.
+        diversity_weight (`float`, defaults to 0.0): of the contrast between the true token and those that would go on
+            with a repetition ([`~whisper_hf.objectives.repeating_tokens`]).
+        diversity_window (`int`, defaults to 512): how far back repetitions are looked for, in tokens.
         hidden_states_weight (`float`, defaults to 0.0): of the distance of hidden states, layer by layer.
         attention_outputs_weight (`float`, defaults to 0.0): of the distance of the attention layers' outputs.
         layer_map (list of pairs, *optional*): student layers and the teacher layers that they imitate, from 0; by
@@ -53,6 +57,8 @@ class DistillationConfig(TrainingArguments):
     jensen_shannon_beta: float = field(default=0.5, metadata={"help": "the teacher's share of the mixture"})
     skew_alpha: float = field(default=0.1, metadata={"help": "share mixed in by the skewed divergences"})
     cross_entropy_weight: float = field(default=0.0, metadata={"help": "weight of the cross-entropy of the labels"})
+    diversity_weight: float = field(default=0.0, metadata={"help": "weight of the contrast with repetitions"})
+    diversity_window: int = field(default=512, metadata={"help": "tokens back in which repetitions are looked for"})
     hidden_states_weight: float = field(default=0.0, metadata={"help": "weight of the distance of hidden states"})
     attention_outputs_weight: float = field(default=0.0, metadata={"help": "weight of that of attention outputs"})
     layer_map: list | str | None = field(default=None, metadata={"help": "JSON list of [student layer, teacher layer]"})
@@ -75,7 +81,7 @@ class DistillationConfig(TrainingArguments):
 
     def _check_ranges(self) -> None:
         weights = ("divergence_weight", "cross_entropy_weight", "hidden_states_weight", "attention_outputs_weight")
-        for name in (*weights, "on_policy_temperature"):
+        for name in (*weights, "diversity_weight", "on_policy_temperature"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not any(getattr(self, name) for name in weights):
@@ -84,7 +90,7 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction must lie between 0 and 1, got {self.on_policy_fraction}")
-        for name in ("on_policy_prompt_tokens", "on_policy_max_new_tokens", "chunk_tokens"):
+        for name in ("diversity_window", "on_policy_prompt_tokens", "on_policy_max_new_tokens", "chunk_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objectives import StoredSamples, StoredTop, Target, TeacherTarget, chunked_distillation_loss
+from ..objectives import (
+    StoredSamples,
+    StoredTop,
+    Target,
+    TeacherTarget,
+    chunked_distillation_loss,
+    repeating_tokens,
+)
 from .capture import HeadReplacement, attention_outputs
 from .config import DistillationConfig
 from .on_policy import IGNORED
@@ -157,6 +164,7 @@ class DistillationForward:
     ) -> Tensor:
         """Compute the loss from what the student's head would see, `[B, T, H]`."""
         counts = batch.counts
+        candidates = self._candidates(batch)
 
         def loss_against(target: Target | None) -> Tensor:
             is_plain = target is None  # evaluation, where only training data has stored signals
@@ -170,11 +178,15 @@ class DistillationForward:
                 target,
                 divergence_weight=self.config.divergence_weight,
                 cross_entropy_weight=cross_entropy_weight,
+                diversity_weight=0.0 if is_plain else self.config.diversity_weight,
+                candidates=candidates,
                 temperature=self.config.temperature,
                 chunk_tokens=self.config.chunk_tokens,
             )
             if not is_plain:
                 terms["divergence"] = losses.divergence
+            if candidates is not None:
+                terms["diversity"] = losses.diversity
             if not batch.is_on_policy:
                 terms["cross_entropy"] = losses.cross_entropy
             return losses.loss
@@ -203,6 +215,18 @@ class DistillationForward:
             )
         return found[0]
 
+    def _candidates(self, batch: Batch) -> Tensor | None:
+        """Return the tokens that would go on with a repetition, `[n, C]`, if they are to be discouraged."""
+        if not self.config.diversity_weight or batch.is_on_policy:  # its labels are the student's own repetitions
+            return None
+        positions = batch.inputs.get("position_ids")
+        documents = None
+        if positions is not None:
+            documents = nn.functional.pad((positions[:, 1:] <= positions[:, :-1]).long().cumsum(1), (1, 0))
+            documents = documents.expand_as(batch.targets)
+        window = self.config.diversity_window
+        return repeating_tokens(batch.inputs["input_ids"], batch.targets, documents, window=window)[batch.counts]
+
     def _predicted(self, hidden: Tensor, batch: Batch) -> TeacherTarget:
         """Describe the teacher's predictions for the tokens that count, from what its head would see."""
         head = self.teacher_head.head  # type: ignore[union-attr]
@@ -215,6 +239,11 @@ class DistillationForward:
         """Describe stored predictions for the tokens that count, if the batch has any."""
         columns = {name: tensor[batch.counts] for name, tensor in batch.signals.items()}
         if not columns:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "expected the stored signals of a training batch, got a batch without; the training data must be "
+                    "the train_dataset that the trainer was made with"
+                )
             return None
         if "entropy" in columns:
             return StoredSamples(columns["tokens"], columns["entropy"], self.stored_vocabulary)

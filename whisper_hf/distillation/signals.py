@@ -77,8 +77,12 @@ def data_digest(examples: Iterable[Mapping[str, Any]]) -> tuple[str, int, int]:
     digest, count, tokens = hashlib.sha256(), 0, 0
     for example in examples:
         ids = np.asarray(example["input_ids"], dtype=np.int64)
+        if not len(ids):
+            raise ValueError(f"expected tokens in every example, got example {count} without tokens; filter it out")
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         count, tokens = count + 1, tokens + len(ids)
+    if not count:
+        raise ValueError("expected at least one example, got a data set without tokens; check its path and split")
     return digest.hexdigest(), count, tokens
 
 
@@ -140,11 +144,15 @@ class SignalCollator:
     Args:
         collator (`Callable`): pads on either side, or concatenates.
         signals ([`StoredSignals`]): of the examples that have a column `teacher_row`; others pass unchanged.
+        label_name (`str`): key of the labels in a batch.
     """
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]], signals: StoredSignals) -> None:
+    def __init__(
+        self, collator: Callable[[list], dict[str, Any]], signals: StoredSignals, label_name: str = "labels"
+    ) -> None:
         self.collator = collator
         self.signals = signals
+        self.label_name = label_name
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the other collator's batch and `teacher_*` tensors, `[B, T, ...]`."""
@@ -153,11 +161,14 @@ class SignalCollator:
             return batch
         columns = self.signals.columns([int(example[ROW]) for example in examples])
         ids = [torch.as_tensor(example["input_ids"]) for example in examples]
-        if len(batch["input_ids"]) != len(ids):  # concatenated
+        if len(batch["input_ids"]) == 1:  # concatenated
             ids = [torch.cat(ids)]
             columns = {name: [np.concatenate(arrays)] for name, arrays in columns.items()}
         offsets = [_offset(row, example) for row, example in zip(batch["input_ids"], ids, strict=True)]
         length = batch["input_ids"].shape[1]
+        if self.label_name in batch:  # nothing is stored about padding, which predicts the first token on its right
+            batch[self.label_name] = batch[self.label_name].clone()
+            batch[self.label_name][range(len(offsets)), offsets] = -100
         for name, arrays in columns.items():
             batch[name] = torch.stack([_placed(array, at, length) for array, at in zip(arrays, offsets, strict=True)])
         return batch
@@ -200,8 +211,9 @@ def with_rows(dataset: Any) -> Any:
     Raises:
         ValueError: a data set that is only iterated over.
     """
-    if hasattr(dataset, "add_column"):
-        return dataset.add_column(ROW, list(range(len(dataset))))
-    if not hasattr(dataset, "__getitem__"):
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    if is_stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(f"stored signals need a data set with a length and an order, got {type(dataset).__name__}")
+    if hasattr(dataset, "add_column") and dataset.format["type"] != "custom":  # a transform would drop the column
+        return dataset.add_column(ROW, list(range(len(dataset))))
     return WithRows(dataset)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..objectives import Head, Probabilities
 from .capture import HeadReplacement
 from .signals import MANIFEST, Manifest, data_digest, tokenizer_digest
+from .teachers import refuse_training_mode
 
 if TYPE_CHECKING:
     import datasets
@@ -57,10 +58,12 @@ def write_signals(
         the [`Manifest`].
 
     Raises:
-        ValueError: an unknown kind, more tokens than the teacher has, or a folder with signals of something else.
+        ValueError: a teacher in training mode, an unknown kind, more tokens than the teacher has, data without
+            tokens, or a folder with signals of something else.
     """
     from tqdm.auto import tqdm
 
+    refuse_training_mode(teacher)
     replacement = HeadReplacement(teacher)
     vocabulary = Head(replacement.module).vocabulary
     if tokenizer is not None:  # what is beyond is padding
@@ -161,8 +164,9 @@ def _batches(rows: "datasets.Dataset", batch_size: int) -> Iterator[tuple[dict[s
     for start in range(0, len(rows), batch_size):
         examples = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         lengths = [len(example["input_ids"]) for example in examples]
-        batch = {name: _padded([np.asarray(example[name]) for example in examples], max(lengths)) for name in names}
-        if len(set(lengths)) > 1 and "attention_mask" not in batch:
+        columns = {name: [np.asarray(example[name], dtype=np.int64) for example in examples] for name in names}
+        batch = {name: _padded(arrays, max(lengths)) for name, arrays in columns.items()}
+        if len(set(lengths)) > 1 and not batch.keys() & {"attention_mask", "position_ids"}:
             batch["attention_mask"] = _padded([np.ones(length, dtype=np.int64) for length in lengths], max(lengths))
         yield batch, lengths
 

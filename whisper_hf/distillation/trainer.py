@@ -75,8 +75,9 @@ class DistillationTrainer(Trainer):
         self.signals = StoredSignals(teacher) if is_signals(teacher) else None
         if self.signals is not None and train_dataset is not None:
             tokenizer = teacher_processing_class or kwargs.get("processing_class")
+            numbered = with_rows(train_dataset)
             self.signals.refuse_other(train_dataset, tokenizer, args.temperature)
-            train_dataset = with_rows(train_dataset)
+            train_dataset = numbered
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -97,7 +98,7 @@ class DistillationTrainer(Trainer):
         matching = wrapped = None
         self._refuse_combinations()
         if self.signals is not None:
-            self.data_collator: Any = SignalCollator(self.data_collator, self.signals)
+            self.data_collator: Any = SignalCollator(self.data_collator, self.signals, self._label_name)
             refuse_smaller_vocabulary(head_size(self.model), self.signals.manifest.vocabulary)
         else:
             self.teacher = load_teacher(teacher, self.args.teacher_init_kwargs)

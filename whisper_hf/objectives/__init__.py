@@ -2,6 +2,7 @@
 
 from .chunked import TokenLosses, chunked_distillation_loss
 from .divergences import DIVERGENCES, Divergence, Probabilities, weighted_divergence
+from .diversity import contrast_loss, repeating_tokens
 from .heads import Head
 from .states import relative_distance, spread_layers
 from .targets import StoredSamples, StoredTop, Target, TeacherTarget
@@ -17,7 +18,9 @@ __all__ = [
     "TeacherTarget",
     "TokenLosses",
     "chunked_distillation_loss",
+    "contrast_loss",
     "relative_distance",
+    "repeating_tokens",
     "spread_layers",
     "weighted_divergence",
 ]

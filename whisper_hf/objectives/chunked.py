@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .divergences import Probabilities, logits_gradient
+from .diversity import contrast_loss
 from .heads import Head
 from .targets import Target
 
@@ -22,13 +23,14 @@ CHUNK_ELEMENTS_ACCELERATOR = 2**26
 class TokenLosses(NamedTuple):
     """Losses in nats, float32.
 
-    `loss` (scalar): weighted sum over all tokens, differentiable. `divergence` (`[n]`, times temperature squared) and
-    `cross_entropy` (`[n]`): per token, without weight and gradient.
+    `loss` (scalar): weighted sum over all tokens, differentiable. `divergence` (`[n]`, times temperature squared),
+    `cross_entropy` (`[n]`) and `diversity` (`[n]`): per token, without weight and gradient.
     """
 
     loss: Tensor
     divergence: Tensor
     cross_entropy: Tensor
+    diversity: Tensor
 
 
 def chunked_distillation_loss(
@@ -39,22 +41,26 @@ def chunked_distillation_loss(
     *,
     divergence_weight: float = 1.0,
     cross_entropy_weight: float = 0.0,
+    diversity_weight: float = 0.0,
+    candidates: Tensor | None = None,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> TokenLosses:
     """Compare a student's predictions with a teacher's and with labels.
 
-    Per token: `divergence_weight * temperature**2 * D(p || q) + cross_entropy_weight * -log q_1[label]`, where `p` and
-    `q` are softmax of logits over temperature, restricted to the tokens that both models have, and `q_1` is the
-    student's own distribution. The factor keeps the gradient's size at any temperature (Hinton et al. 2015,
-    https://arxiv.org/abs/1503.02531). Computed in float32 (float64 for float64 heads).
+    Per token: `divergence_weight * temperature**2 * D(p || q) + cross_entropy_weight * -log q_1[label] +
+    diversity_weight * contrast`, where `p` and `q` are softmax of logits over temperature, restricted to the tokens
+    that both models have, `q_1` is the student's own distribution, and the last term is [`contrast_loss`]. The factor
+    keeps the gradient's size at any temperature (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). Computed in
+    float32 (float64 for float64 heads).
 
     Args:
         hidden (`[n, H]`, any float): what the student's head sees, of the tokens that count.
         head ([`Head`], or a module that maps `[m, H]` to `[m, V]`): the student's.
         labels (`[n]`, int64): the tokens to predict.
         target ([`Target`], *optional*): the teacher's predictions for the same tokens.
-        divergence_weight, cross_entropy_weight (`float`): of the two terms; at least one is positive.
+        divergence_weight, cross_entropy_weight, diversity_weight (`float`): of the terms.
+        candidates (`[n, C]`, int64, *optional*): from [`repeating_tokens`]; without, the last term is 0.
         temperature (`float`): of the divergence, above 0.
         chunk_tokens (`int`, *optional*): tokens at once; by default what suits the vocabulary and the device.
 
@@ -72,7 +78,8 @@ def chunked_distillation_loss(
     terms = functools.partial(
         _terms,
         target=target,
-        weights=(divergence_weight if target is not None else 0.0, cross_entropy_weight),
+        candidates=candidates,
+        weights=(divergence_weight if target is not None else 0.0, cross_entropy_weight, diversity_weight),
         temperature=temperature,
     )
     if chunk_tokens is None:
@@ -96,11 +103,11 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk_tokens: int,
         needs_grad: bool,
         *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the parts of [`TokenLosses`]."""
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grads = [torch.zeros_like(parameter) for parameter in parameters] if needs_grad else []
-        values = hidden.new_zeros(2, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        values = hidden.new_zeros(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         loss = values.new_zeros(())
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -113,9 +120,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_logits = grad_logits.to(logits.dtype)
                 grad_hidden[rows] = _add_gradients(head, inputs, logits, grad_logits, parameters, grads)
         ctx.grads = (grad_hidden, grads)
-        divergence, cross_entropy = values.unbind()
-        ctx.mark_non_differentiable(divergence, cross_entropy)
-        return loss, divergence, cross_entropy
+        divergence, cross_entropy, diversity = values.unbind()
+        ctx.mark_non_differentiable(divergence, cross_entropy, diversity)
+        return loss, divergence, cross_entropy, diversity
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -153,13 +160,14 @@ def _terms(
     rows: slice,
     *,
     target: Target | None,
-    weights: tuple[float, float],
+    candidates: Tensor | None,
+    weights: tuple[float, float, float],
     temperature: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the loss of a chunk, divergence and cross-entropy of its tokens (`[2, m]`), and the logits' gradient."""
+    """Return the loss of a chunk, the terms of its tokens (`[3, m]`), and the logits' gradient (`[m, V]`)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    divergence_weight, cross_entropy_weight = weights
+    divergence_weight, cross_entropy_weight, diversity_weight = weights
     plain = shared = Probabilities.from_logits(logits)
     divergence, grad = logits.new_zeros(len(logits)), None
     if target is not None:
@@ -180,5 +188,13 @@ def _terms(
         if cross_entropy_weight:
             grad.add_(plain.value, alpha=cross_entropy_weight)
             grad.scatter_add_(1, labels[:, None], grad.new_full((len(labels), 1), -cross_entropy_weight))
-    loss = divergence_weight * divergence.sum() + cross_entropy_weight * cross_entropy.sum()
-    return loss, torch.stack([divergence, cross_entropy]), grad
+    diversity = logits.new_zeros(len(logits))
+    if candidates is not None:
+        diversity, at_candidates, at_label = contrast_loss(logits, labels, candidates[rows])
+        if needs_grad and diversity_weight and grad is not None:
+            grad.scatter_add_(
+                1, candidates[rows].clamp(min=0), diversity_weight * at_candidates
+            )  # 0 where there is none
+            grad.scatter_add_(1, labels[:, None], diversity_weight * at_label[:, None])
+    terms = torch.stack([divergence, cross_entropy, diversity])
+    return terms.sum(1) @ terms.new_tensor(weights), terms, grad
