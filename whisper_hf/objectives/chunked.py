@@ -65,13 +65,18 @@ def chunked_distillation_loss(
         chunk_tokens (`int`, *optional*): tokens at once; by default what suits the vocabulary and the device.
 
     Returns:
-        [`TokenLosses`]; may be differentiated once.
+        [`TokenLosses`]; may be differentiated once, so not by penalties on gradients.
 
     Raises:
-        ValueError: a temperature that is not positive, or labels and hidden states of different lengths.
+        ValueError: a temperature that is not positive or not the target's, a chunk of less than one token, or labels
+            and hidden states of different lengths.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    if getattr(target, "temperature", temperature) != temperature:
+        raise ValueError(f"expected the target's temperature, {target.temperature}, got {temperature}")  # type: ignore[union-attr]
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     if len(hidden) != len(labels):
         raise ValueError(f"expected one label per hidden state, got {len(labels)} labels for {len(hidden)} states")
     head = head if isinstance(head, Head) else Head(head)
@@ -106,8 +111,8 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the parts of [`TokenLosses`]."""
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
-        grads = [torch.zeros_like(parameter) for parameter in parameters] if needs_grad else []
-        values = hidden.new_zeros(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        grads = [torch.zeros_like(p, dtype=_wide(p)) for p in parameters] if needs_grad else []
+        values = hidden.new_zeros(3, len(hidden), dtype=_wide(hidden))
         loss = values.new_zeros(())
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -119,7 +124,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_logits = grad_logits.to(logits.dtype)
                 grad_hidden[rows] = _add_gradients(head, inputs, logits, grad_logits, parameters, grads)
-        ctx.grads = (grad_hidden, grads)
+        ctx.grads = (grad_hidden, grads, [parameter.dtype for parameter in parameters])
         divergence, cross_entropy, diversity = values.unbind()
         ctx.mark_non_differentiable(divergence, cross_entropy, diversity)
         return loss, divergence, cross_entropy, diversity
@@ -130,9 +135,21 @@ class _ChunkedLoss(torch.autograd.Function):
         """Scale what the forward pass computed; it is then given away, for it may be as large as the head."""
         if ctx.grads is None:
             raise RuntimeError("the chunked loss can be differentiated once; call it again for another backward pass")
-        (grad_hidden, grads), ctx.grads = ctx.grads, None
-        scaled = [tensor.mul_(grad.to(tensor.dtype)) for tensor in grads]
-        return (grad_hidden.mul_(grad.to(grad_hidden.dtype)), None, None, None, None, None, *scaled)
+        (grad_hidden, grads, dtypes), ctx.grads = ctx.grads, None
+        scaled = [_scale(total, grad, dtype) for total, dtype in zip(grads, dtypes, strict=True)]
+        return (_scale(grad_hidden, grad, grad_hidden.dtype), None, None, None, None, None, *scaled)
+
+
+def _wide(states: Tensor) -> torch.dtype:
+    """Return the dtype of sums: many small numbers added in half precision would be lost."""
+    return torch.promote_types(states.dtype, torch.float32)
+
+
+def _scale(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply a gradient in place, or where it is in half precision, beyond which a loss scale may lie, in float32."""
+    if total.dtype == _wide(total):
+        return total.mul_(factor.to(total.dtype)).to(dtype)
+    return (total.float() * factor).to(dtype)
 
 
 def _add_gradients(
@@ -140,9 +157,10 @@ def _add_gradients(
 ) -> Tensor:
     """Add a chunk's gradients to those of the head's parameters; return that of its inputs."""
     if not head.is_linear:
-        found = torch.autograd.grad(logits, [inputs, *parameters], grad_logits)
+        found = torch.autograd.grad(logits, [inputs, *parameters], grad_logits, allow_unused=True)
         for total, grad in zip(grads, found[1:], strict=True):
-            total += grad
+            if grad is not None:
+                total += grad
         return found[0]
     for total, parameter in zip(grads, parameters, strict=True):
         if parameter is head.bias:
@@ -166,7 +184,7 @@ def _terms(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the loss of a chunk, the terms of its tokens (`[3, m]`), and the logits' gradient (`[m, V]`)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(_wide(logits))
     divergence_weight, cross_entropy_weight, diversity_weight = weights
     plain = shared = Probabilities.from_logits(logits)
     divergence, grad = logits.new_zeros(len(logits)), None
@@ -197,4 +215,4 @@ def _terms(
             )  # 0 where there is none
             grad.scatter_add_(1, labels[:, None], diversity_weight * at_label[:, None])
     terms = torch.stack([divergence, cross_entropy, diversity])
-    return terms.sum(1) @ terms.new_tensor(weights), terms, grad
+    return (terms.sum(1) * terms.new_tensor(weights)).sum(), terms, grad

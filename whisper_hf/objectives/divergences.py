@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
 LOWEST_LOG = -1e4  # stands for log 0, which times a probability of 0 would not be a number
 
@@ -48,7 +49,7 @@ def forward_kl(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
     Returns:
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
     """
-    return torch.linalg.vecdot(p.value, p.log - q.log), -p.value
+    return _dot(p.value, p.log - q.log), -p.value
 
 
 def reverse_kl(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ def reverse_kl(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
     """
     difference = q.log - p.log
-    return torch.linalg.vecdot(q.value, difference), difference.mul_(q.value)
+    return _dot(q.value, difference), difference.mul_(q.value)
 
 
 def jensen_shannon(p: Probabilities, q: Probabilities, beta: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -73,9 +74,9 @@ def jensen_shannon(p: Probabilities, q: Probabilities, beta: float = 0.5) -> tup
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
     """
     log_m = _log_mixture(p, q, beta)
-    value = beta * torch.linalg.vecdot(p.value, p.log - log_m)
+    value = beta * _dot(p.value, p.log - log_m)
     difference = q.log - log_m
-    value += (1 - beta) * torch.linalg.vecdot(q.value, difference)
+    value += (1 - beta) * _dot(q.value, difference)
     return value, difference.mul_(q.value).mul_(1 - beta)
 
 
@@ -88,7 +89,7 @@ def skewed_kl(p: Probabilities, q: Probabilities, alpha: float = 0.1) -> tuple[T
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
     """
     log_m = _log_mixture(p, q, alpha)
-    value = torch.linalg.vecdot(p.value, p.log - log_m)
+    value = _dot(p.value, p.log - log_m)
     return value, (q.log - log_m).exp_().mul_(p.value).mul_(alpha - 1)
 
 
@@ -101,7 +102,7 @@ def skewed_reverse_kl(p: Probabilities, q: Probabilities, alpha: float = 0.1) ->
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
     """
     difference = q.log - _log_mixture(q, p, alpha)
-    value = torch.linalg.vecdot(q.value, difference)
+    value = _dot(q.value, difference)
     return value, difference.sub_(difference.exp().mul_(alpha)).mul_(q.value)
 
 
@@ -134,6 +135,12 @@ def universal(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
     difference = sorted_q - torch.nn.functional.pad(sorted_p, (0, missing))  # a negative padding cuts off
     value = difference.abs().sum(-1) + rest
     return value, torch.empty_like(sorted_q).scatter_(-1, order, difference.sign_()).mul_(q.value)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of rows, `[n]`; autocast would round them."""
+    with maybe_autocast(left.device.type, enabled=False):
+        return torch.linalg.vecdot(left, right)
 
 
 def _log_mixture(p: Probabilities, q: Probabilities, weight: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .divergences import Divergence, Probabilities
+from .divergences import LOWEST_LOG, Divergence, Probabilities
 from .heads import Head
 
 
@@ -94,13 +94,12 @@ class StoredTop:
         """See [`Target`]."""
         tokens = self.tokens[rows]
         p = Probabilities.from_logits(self.log_probabilities[rows].to(q.log.dtype))  # rounded, so not quite normalised
-        others = q.value.scatter(1, tokens, 0.0)
-        rest = others.sum(-1, keepdim=True).clamp(min=torch.finfo(others.dtype).tiny)
-        value, derivative = self.divergence(
-            p, Probabilities.from_log(torch.cat([q.log.gather(1, tokens), rest.log()], 1))
-        )
+        others = q.log.scatter(1, tokens, LOWEST_LOG)
+        rest = others.logsumexp(-1, keepdim=True)
+        log_q = torch.cat([q.log.gather(1, tokens), rest], dim=1)
+        value, derivative = self.divergence(p, Probabilities.from_log(log_q))
         # "any other" is a sum: its derivative is shared out by probability
-        return value, others.mul_(derivative[:, -1:] / rest).scatter_(1, tokens, derivative[:, :-1])
+        return value, others.sub_(rest).exp_().mul_(derivative[:, -1:]).scatter_(1, tokens, derivative[:, :-1])
 
 
 @dataclass(frozen=True)
