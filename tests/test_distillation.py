@@ -438,8 +438,10 @@ def test_universal_loss_takes_the_teachers_own_tokens(dataset, tmp_path) -> None
     trainer = train(dataset, tmp_path, teacher=teacher, data_collator=both, remove_unused_columns=False, **options)
     losses = logged(trainer, "divergence")
     assert losses[-1] < losses[0]
-    with pytest.raises(ValueError, match="expected teacher_input_ids"):
+    with pytest.raises(ValueError, match="expected teacher_input_ids, teacher_attention_mask and teacher_labels"):
         train(dataset, tmp_path, teacher=teacher, **options)
+    with pytest.raises(ValueError, match="expected none of the teacher's tokens in the batch"):
+        train(dataset, tmp_path, data_collator=both, remove_unused_columns=False)
 
 
 def test_partners_pair_the_tokens_that_count() -> None:
@@ -465,6 +467,11 @@ def test_partners_pair_the_tokens_that_count() -> None:
         ({"cross_entropy_weight": -0.5}, "cross_entropy_weight must be 0 or more, got -0.5"),
         ({"on_policy_fraction": 1.5}, "on_policy_fraction must lie between 0 and 1, got 1.5"),
         ({"on_policy_max_new_tokens": 0}, "on_policy_max_new_tokens must be at least 1, got 0"),
+        ({"divergence": {"universal": 0.5, "forward_kl": 0.5}}, "universal compares other tokens"),
+        (
+            {"on_policy_fraction": 0.5, "divergence_weight": 0.0, "cross_entropy_weight": 1.0},
+            "got on_policy_fraction=0.5",
+        ),
         ({"label_smoothing_factor": 0.1}, "distillation has no label smoothing, got label_smoothing_factor=0.1"),
     ],
 )

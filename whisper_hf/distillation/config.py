@@ -86,6 +86,15 @@ class DistillationConfig(TrainingArguments):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"there is nothing to learn: set one of {', '.join(weights)} above 0")
+        if self.on_policy_fraction and not self.divergence_weight:
+            raise ValueError(
+                f"on its own text a student learns from the divergence alone, got on_policy_fraction="
+                f"{self.on_policy_fraction} and divergence_weight=0; set divergence_weight above 0"
+            )
+        if "universal" in self.divergences and len(self.divergences) > 1:
+            raise ValueError(
+                f"universal compares other tokens than the others do, got {self.divergences}; use it alone"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.on_policy_fraction <= 1:

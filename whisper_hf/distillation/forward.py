@@ -201,12 +201,7 @@ class DistillationForward:
                 found.append(loss_against(self._predicted(teacher_hidden, batch)))
             return teacher_hidden.new_zeros((), dtype=torch.float32)
 
-        if "universal" in self.config.divergences and not batch.teacher_inputs:
-            raise ValueError(
-                'divergence="universal" is for a teacher with another tokenizer: expected teacher_input_ids, '
-                f"teacher_attention_mask and teacher_labels in the batch, got {sorted(batch.inputs)}; add them to the "
-                "data set and its collator"
-            )
+        self._refuse_other_tokens(batch)
         with torch.no_grad():
             inputs = batch.teacher_inputs or batch.inputs
             self.teacher_head.run(
@@ -214,6 +209,18 @@ class DistillationForward:
                 at_teacher_head,
             )
         return found[0]
+
+    def _refuse_other_tokens(self, batch: Batch) -> None:
+        """Raise a `ValueError` unless the teacher's own tokens are there where, and only where, they are compared."""
+        is_universal = "universal" in self.config.divergences
+        if is_universal == bool(batch.teacher_inputs) == (batch.teacher_targets is not None):
+            return
+        expected = "teacher_input_ids, teacher_attention_mask and teacher_labels" if is_universal else "none"
+        raise ValueError(
+            'divergence="universal" is for a teacher with another tokenizer, the others for the same: got '
+            f"divergence={self.config.divergence!r}, expected {expected} of the teacher's tokens in the batch, got "
+            f"{sorted(batch.teacher_inputs)}; change the data set and its collator, or the divergence"
+        )
 
     def _candidates(self, batch: Batch) -> Tensor | None:
         """Return the tokens that would go on with a repetition, `[n, C]`, if they are to be discouraged."""

@@ -16,7 +16,7 @@ from .diversity import contrast_loss
 from .heads import Head
 from .targets import Target
 
-CHUNK_ELEMENTS = {"cpu": 2**22}  # logits at once, per model; larger ones leave a CPU's cache
+CHUNK_ELEMENTS = {"cpu": 3 * 2**20}  # logits at once, per model; more take memory, fewer read the head more often
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
 
 
