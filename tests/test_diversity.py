@@ -1,10 +1,21 @@
-"""The objective against repetition: which tokens it discourages, and by how much."""
+"""The objective against repetition: which tokens it discourages, by how much, and in whose training."""
+
+import copy
+import logging
 
 import pytest
 import torch
-from torch import nn
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import default_data_collator as collate
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils.logging import warning_once
 
+from whisper_hf import DiversityConfig, WhisperLMForCausalLM, use_diversity
 from whisper_hf.objectives import chunked_distillation_loss, contrast_loss, repeating_tokens
+
+from .conftest import SIZES, tiny_config, tiny_model
 
 TEXT = torch.randint(0, 4, (3, 90), generator=torch.Generator().manual_seed(0))  # few tokens, much repetition
 
@@ -105,3 +116,144 @@ def test_chunked_loss_with_contrast_is_the_sum_of_its_parts() -> None:
         torch.autograd.grad(losses.loss, wanted), torch.autograd.grad(expected, wanted), strict=True
     ):
         torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-5)
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+STRONG = {"contrast_weight": 2.0, "window": 60}
+
+
+def expected_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """Return cross-entropy and contrast per labelled token, one row and position at a time."""
+    logits = model(ids).logits.float()
+    total, count = logits.new_zeros(()), 0
+    for row, words in enumerate(labels.tolist()):
+        targets = [*words[1:], -100]
+        stretch = [sum(1 for w in words[: t + 1] if w == -100) if w != -100 else -1 - t for t, w in enumerate(words)]
+        candidates = repeating_tokens_reference(words, targets, stretch, STRONG["window"], 8)
+        for t, target in enumerate(targets):
+            if target >= 0:
+                count += 1
+                total = total - logits[row, t].log_softmax(-1)[target]
+                gaps = [logits[row, t, c] - logits[row, t, target] for c in candidates[t]]
+                total = total + 2.0 * (1 + sum(gap.exp() for gap in gaps)).log() if gaps else total
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["whisper_lm", "llama"])
+def test_training_loss_is_that_of_the_definition(family: str) -> None:
+    model = tiny_model() if family == "whisper_lm" else LlamaForCausalLM(LlamaConfig(**SIZES))
+    labels = TEXT.clone()
+    labels[0, :30], labels[1, 50:54], labels[2, 70:] = -100, -100, -100  # a prompt, a gap, padding
+    plain = model(TEXT, labels=labels).loss
+    assert use_diversity(model, STRONG) is model
+    loss = model.train()(TEXT, labels=labels).loss
+    expected = expected_loss(model, TEXT, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert loss > plain + 0.01
+    parameters = list(model.parameters())
+    for got, gradient in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(got, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_off_and_evaluation_are_bit_identical_to_the_stock_loss() -> None:
+    model, diverse = tiny_model(), tiny_model(diversity=STRONG)
+    assert model.loss_function is ForCausalLMLoss
+    for items in (None, torch.tensor(77)):
+        with torch.no_grad():
+            expected = model(TEXT, labels=TEXT, num_items_in_batch=items).loss
+            assert torch.equal(diverse(TEXT, labels=TEXT, num_items_in_batch=items).loss, expected)
+        trained = diverse.train()(TEXT, labels=TEXT, num_items_in_batch=items).loss
+        assert trained > expected
+        assert torch.equal(
+            use_diversity(copy.deepcopy(diverse), None)(TEXT, labels=TEXT, num_items_in_batch=items).loss, expected
+        )
+
+
+def test_shifted_labels_and_half_precision() -> None:
+    model = tiny_model(diversity=STRONG).train()
+    loss = model(TEXT, labels=TEXT).loss
+    shifted = nn.functional.pad(TEXT[:, 1:], (0, 1), value=-100)
+    again = model(TEXT, labels=TEXT, shift_labels=shifted).loss
+    assert again.item() == pytest.approx(loss.item(), rel=1e-2)  # the first token of a row is then no source
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(TEXT, labels=TEXT).loss
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, loss, rtol=0.02, atol=0.02)
+
+
+def test_the_config_is_saved_and_validated(tmp_path) -> None:
+    tiny_model(diversity=STRONG).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.diversity == DiversityConfig(**STRONG)
+    assert loaded.train()(TEXT, labels=TEXT).loss > tiny_model()(TEXT, labels=TEXT).loss
+    for value, message in (
+        ({"contrast_weight": -1.0}, "contrast_weight must be 0 or more, got -1.0"),
+        ({"window": 0}, "window must be an integer of at least 1, got 0"),
+        ({"strength": 1.0}, r"diversity has no field 'strength'; the fields are \['contrast_weight', 'window'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(diversity=value)
+    with pytest.raises(ValueError, match="diversity must be a dict or a DiversityConfig, got float"):
+        use_diversity(tiny_model(), 0.5)
+    with pytest.raises(ValueError, match="transformers' ForCausalLMLoss, got Linear"):
+        use_diversity(nn.Linear(2, 2))
+
+
+def train(folder, model: WhisperLMForCausalLM, batch_size: int = 8, accumulation: int = 1, **options) -> Trainer:
+    """Train with the stock Trainer, unchanged."""
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 4, (8, 90)).tolist()]
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=3,
+        logging_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Dataset.from_list(rows), data_collator=collate)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["accumulation", "checkpointing", "peft"])
+def test_the_stock_trainer_trains_with_it(kind: str, tmp_path) -> None:
+    """One big batch equals many small ones, and nothing else changes anything, either."""
+    results = []
+    for changed in (False, True):
+        set_seed(3)
+        model = tiny_model(diversity=STRONG)
+        if kind == "peft":
+            from peft import LoraConfig, get_peft_model
+
+            set_seed(3)
+            lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+            model = get_peft_model(tiny_model(diversity=None if changed else STRONG), lora)
+            model = use_diversity(model, STRONG) if changed else model
+        options = {"batch_size": 2, "accumulation": 4} if kind == "accumulation" and changed else {}
+        if kind == "checkpointing":
+            options["gradient_checkpointing"] = changed
+        set_seed(4)
+        results.append(
+            [entry["loss"] for entry in train(tmp_path, model, **options).state.log_history if "loss" in entry]
+        )
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_where_the_trainer_bypasses_it_it_says_so(tmp_path, caplog) -> None:
+    warning_once.cache_clear()
+    logger = logging.getLogger("transformers")
+    logger.propagate = True
+    try:
+        with caplog.at_level(logging.WARNING):
+            train(tmp_path, tiny_model(diversity=STRONG), label_smoothing_factor=0.1)
+    finally:
+        logger.propagate = False
+    assert "trains without labels, so its diversity objective does nothing" in caplog.text

@@ -17,7 +17,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .model.attention import masked_sparse_attention_forward
-from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
+from .model.configuration_whisper_lm import DiversityConfig, SparseAttentionConfig, WhisperLMConfig
+from .model.diversity import use_diversity
 from .model.modeling_whisper_lm import (
     WhisperLMForCausalLM,
     WhisperLMForSequenceClassification,
@@ -73,6 +74,7 @@ _register()
 __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
+    "DiversityConfig",
     "SparseAttentionConfig",
     "WhisperLMConfig",
     "WhisperLMForCausalLM",
@@ -86,4 +88,5 @@ __all__ = [
     "masked_sparse_attention_forward",
     "student_from",
     "to_dense",
+    "use_diversity",
 ]

@@ -115,9 +115,8 @@ def train_teacher(folder: Path) -> None:
     rows = dataset(read_rows("sense_and_sensibility"))
     args = settings(TrainingArguments, TEACHER_STEPS, TEACHER_RATE, 0, TEACHER_BATCH, output_dir=str(folder.parent))
     train(Trainer(model=model, args=args, train_dataset=rows, data_collator=collate))
-    unfinished = folder.with_name("teacher-unfinished")
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    model.save_pretrained(folder.with_name("teacher-unfinished"))
+    folder.with_name("teacher-unfinished").rename(folder)
 
 
 @functools.cache
@@ -131,9 +130,9 @@ def load_teacher(folder: Path, precision: str = "full") -> Model:
 def teacher_of(method: Method, folder: Path, rows: datasets.Dataset) -> Model | Path:
     """Return a teacher, or the folder of its stored predictions, which are written if they are not there."""
     kind, _, count = method.teacher.partition("-")
+    what = "samples" if kind == "samples" else "top"
     if not count:
         return load_teacher(folder, kind)
-    what = "samples" if kind == "samples" else "top"
     stored = folder.with_name(f"{what}-{count}-{len(rows)}")
     write_signals(load_teacher(folder), rows, stored, kind=what, count=int(count), progress=False)
     return without_rest(stored) if kind == "renormalised" else stored
@@ -168,11 +167,10 @@ def make_trainer(method: Method, teacher: Any, arguments: dict[str, Any], **shar
         from transformers import ByT5Tokenizer
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-        rows = shared.pop("train_dataset")
-        shared["train_dataset"] = rows.add_column("attention_mask", [[1] * LENGTH] * len(rows))
-        forward_kl = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0}
-        args = settings(GKDConfig, **arguments, **forward_kl, activation_checkpointing=False)
-        return GKDTrainer(teacher_model=teacher, args=args, processing_class=ByT5Tokenizer(), **shared)  # not used
+        shared["train_dataset"] = shared["train_dataset"].map(lambda row: {"attention_mask": [1] * LENGTH})
+        forward_kl = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0, "activation_checkpointing": False}
+        args, unused = settings(GKDConfig, **arguments, **forward_kl), ByT5Tokenizer()
+        return GKDTrainer(teacher_model=teacher, args=args, processing_class=unused, **shared)
     if method.losses is None:
         return Trainer(args=settings(TrainingArguments, **arguments), **shared)
     args = settings(DistillationConfig, **arguments, **method.losses)
@@ -204,9 +202,9 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     arguments = {"steps": options.steps, "rate": options.learning_rate, "seed": seed, "output_dir": str(options.output)}
     shared = {"model": student, "train_dataset": rows, "data_collator": collate}
     seconds = train(make_trainer(method, teacher_of(method, folder, rows), arguments, **shared))
-    row = {"method": name, "seed": seed, "seconds": seconds, **measure(student)}
-    print(f"{name:20s} seed {seed}: {row['perplexity']:.3f}, {1000 * seconds:.0f} ms a step", flush=True)
-    return row
+    measured = measure(student)
+    print(f"{name:20s} seed {seed}: {measured['perplexity']:.3f}, {1000 * seconds:.0f} ms a step", flush=True)
+    return {"method": name, "seed": seed, "seconds": seconds, **measured}
 
 
 def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -264,8 +262,8 @@ def parse_arguments() -> argparse.Namespace:
 def read_results(options: argparse.Namespace) -> dict[str, Any]:
     """Return earlier results, if they were made with these settings, or those of the teacher alone."""
     path, folder = options.output / "distillation.json", options.output / "teacher"
-    made = {"steps": options.steps, "learning_rate": options.learning_rate, "torch": torch.__version__}
     found = json.loads(path.read_text()) if path.exists() else {}
+    made = {"steps": options.steps, "learning_rate": options.learning_rate, "torch": torch.__version__}
     if found.get("settings") == made:
         return found
     if not folder.exists():

@@ -86,21 +86,56 @@ class SparseAttentionConfig:
         Raises:
             ValueError: `value` is none of these, or names a field that does not exist.
         """
-        if value is None:
-            return cls()
-        if isinstance(value, cls):
-            return value
-        if hasattr(value, "__dataclass_fields__"):  # the same class, loaded a second time as remote code
-            value = asdict(value)
-        if not isinstance(value, dict):
+        return cls() if value is None else _settings(cls, "sparse_attention", value)
+
+
+@dataclass(frozen=True)
+class DiversityConfig:
+    """How strongly training discourages repetition; evaluation is plain cross-entropy all the same.
+
+    Args:
+        contrast_weight (`float`, defaults to 0.5): of `log(1 + sum_c exp(z_c - z_y))`, where `y` is the true token and
+            `c` are the tokens that would go on with a repetition of two tokens or more; at least 0.
+        window (`int`, defaults to 512): how far back repetitions are looked for, in tokens; at least 1.
+
+    Raises:
+        ValueError: a value outside its range, or (`from_value`) an unknown name.
+    """
+
+    contrast_weight: float = 0.5
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        if isinstance(self.contrast_weight, bool) or not self.contrast_weight >= 0:
+            raise ValueError(f"diversity.contrast_weight must be 0 or more, got {self.contrast_weight!r}")
+        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
             raise ValueError(
-                f"sparse_attention must be a dict or a SparseAttentionConfig, got {type(value).__name__}: {value!r}"
+                f"diversity.window must be an integer of at least 1, got {self.window!r}; the default is 512"
             )
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(value) - set(known))
-        if unknown:
-            raise ValueError(f"sparse_attention has no field {', '.join(map(repr, unknown))}; the fields are {known}")
-        return cls(**value)
+
+    @classmethod
+    def from_value(cls, value: Any) -> "DiversityConfig | None":
+        """Build from `None` (off), a dict of fields, or a `DiversityConfig`.
+
+        Raises:
+            ValueError: `value` is none of these, or names a field that does not exist.
+        """
+        return None if value is None else _settings(cls, "diversity", value)
+
+
+def _settings(cls: Any, name: str, value: Any) -> Any:
+    """Build a dataclass from a dict of its fields, or from one of its kind."""
+    if isinstance(value, cls):
+        return value
+    if hasattr(value, "__dataclass_fields__"):  # the same class, loaded a second time as remote code
+        value = asdict(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dict or a {cls.__name__}, got {type(value).__name__}: {value!r}")
+    known = [field.name for field in fields(cls)]
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise ValueError(f"{name} has no field {', '.join(map(repr, unknown))}; the fields are {known}")
+    return cls(**value)
 
 
 @strict
@@ -131,6 +166,8 @@ class WhisperLMConfig(PreTrainedConfig):
         use_qk_norm (`bool`): RMSNorm over each query and key head, before RoPE.
         attention_dropout (`float`): dropout on attention weights in training; only `eager` and `sdpa` can apply it.
         sparse_attention (`SparseAttentionConfig` or `dict`, *optional*): see [`SparseAttentionConfig`].
+        diversity (`DiversityConfig` or `dict`, *optional*): the training objective against repetition, off by default;
+            see [`DiversityConfig`].
         layer_types (`list[str]`, *optional*): per layer, `"masked_sparse_attention"` (default) or `"full_attention"`.
         converted_from (`str`, *optional*): `model_type` of the dense family this checkpoint was converted from.
 
@@ -177,6 +214,7 @@ class WhisperLMConfig(PreTrainedConfig):
     use_qk_norm: bool = False
     attention_dropout: float | int = 0.0
     sparse_attention: SparseAttentionConfig | dict | None = None
+    diversity: DiversityConfig | dict | None = None
     layer_types: list[str] | None = None
     converted_from: str | None = None
     pad_token_id: int | None = None
@@ -191,6 +229,7 @@ class WhisperLMConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [MASKED_SPARSE_ATTENTION] * self.num_hidden_layers
         self.sparse_attention = SparseAttentionConfig.from_value(self.sparse_attention)
+        self.diversity = DiversityConfig.from_value(self.diversity)
         # `strict` wraps what its validators raise in an error that is no ValueError, so they also run here, unwrapped
         self.validate_architecture()
         self.validate_layer_type()
@@ -236,7 +275,9 @@ class WhisperLMConfig(PreTrainedConfig):
         """Return the fields as plain values, ready for JSON."""
         output = super().to_dict()
         output["sparse_attention"] = asdict(SparseAttentionConfig.from_value(self.sparse_attention))
+        diversity = DiversityConfig.from_value(self.diversity)
+        output["diversity"] = None if diversity is None else asdict(diversity)
         return output
 
 
-__all__ = ["SparseAttentionConfig", "WhisperLMConfig"]
+__all__ = ["DiversityConfig", "SparseAttentionConfig", "WhisperLMConfig"]

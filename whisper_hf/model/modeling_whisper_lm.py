@@ -51,6 +51,7 @@ from .configuration_whisper_lm import (
     SparseAttentionConfig,
     WhisperLMConfig,
 )
+from .diversity import use_diversity
 
 ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
 
@@ -362,6 +363,8 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         self.model = WhisperLMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.diversity is not None:
+            use_diversity(self, config.diversity)
         self.post_init()
 
     @can_return_tuple

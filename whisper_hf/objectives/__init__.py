@@ -1,8 +1,8 @@
 """Objectives of training: pure functions of tensors, per token, masked and reduced in one place."""
 
+from ..model.diversity import contrast_loss, repeating_tokens
 from .chunked import TokenLosses, chunked_distillation_loss
 from .divergences import DIVERGENCES, Divergence, Probabilities, weighted_divergence
-from .diversity import contrast_loss, repeating_tokens
 from .heads import Head
 from .states import relative_distance, spread_layers
 from .targets import StoredSamples, StoredTop, Target, TeacherTarget

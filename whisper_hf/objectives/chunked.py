@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..model.diversity import contrast_loss
 from .divergences import Probabilities, logits_gradient
-from .diversity import contrast_loss
 from .heads import Head
 from .targets import Target
 
