@@ -716,7 +716,7 @@ def cache(teacher_folder, tmp_path, monkeypatch) -> Callable[..., StoredSignals]
     return run
 
 
-def test_text_file_to_trained_student(cache, text_file, texts, tokenizer, tmp_path, capsys) -> None:
+def test_text_file_to_trained_student(cache, text_file, tokenizer, tmp_path, capsys) -> None:
     output = tmp_path / "signals"
     manifest = cache(text_file, output, "--max-length", 48, "--top-k", 16).manifest
     assert (manifest.kind, manifest.count, manifest.vocabulary) == ("top", 16, VOCABULARY)
@@ -724,7 +724,7 @@ def test_text_file_to_trained_student(cache, text_file, texts, tokenizer, tmp_pa
     printed = capsys.readouterr().out
     assert f"the data set to train on is {output / 'data'}" in printed
     assert f"{len(data)} examples, {manifest.tokens} tokens, about" in printed
-    expected = [token for text in texts for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    expected = [*tokenizer(text_file.read_text(encoding="utf-8"))["input_ids"], tokenizer.eos_token_id]  # one document
     assert [token for row in data["input_ids"] for token in row] == expected
     assert {len(row) for row in data["input_ids"][:-1]} == {48}
     options = {"processing_class": tokenizer, "per_device_train_batch_size": len(data)}

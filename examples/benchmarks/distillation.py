@@ -231,7 +231,8 @@ def report(summary: list[dict[str, Any]], results: dict[str, Any]) -> str:
         table.append([row["method"], *(mean + spread * (row["seeds"] > 1) for mean, spread in cells), row["seeds"]])
     table.append(["teacher", f"{results['teacher']['perplexity']:.3f}", 100, f"{results['teacher']['repetition']:.3f}"])
     table.append(["the novel itself", "", "", f"{results['novel']:.3f}"])
-    return tabulate(table, ["", "perplexity", "gap closed, %", "repetition", "time of a step", "seeds"], "github")
+    headers = ["", "perplexity", "gap closed, %", "repetition", "time of a step", "seeds"]
+    return tabulate(table, headers, "github", disable_numparse=True)
 
 
 def plot(summary: list[dict[str, Any]], path: Path) -> None:
@@ -282,7 +283,6 @@ def main() -> None:
     logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a rounding on every call
     options.output.mkdir(parents=True, exist_ok=True)
     results = read_results(options)
-    print(f"teacher: {results['teacher']}")
     if "trl-gkd" in options.only and not find_spec("trl"):
         print("TRL is not installed, so its GKD is left out; to compare: pip install trl==1.16")
         options.only.remove("trl-gkd")

@@ -3,8 +3,9 @@
     python -m whisper_hf.distillation cache --teacher MODEL --dataset DATA --output SIGNALS --top-k 64
 
 An interrupted run goes on where it stopped. The data set is a folder made by `datasets.Dataset.save_to_disk`, a text
-or JSON-lines file, or a Hub id; without a column `input_ids` its texts are tokenized, cut into pieces of
-`--max-length` tokens, and written to `SIGNALS/data`, which is then the data set to train on.
+file (one document), a JSON-lines file (one document a line), or a Hub id; without a column `input_ids` its texts are
+tokenized, cut into pieces of `--max-length` tokens, and written to `SIGNALS/data`, which is then the data set to train
+on.
 """
 
 import argparse
@@ -35,8 +36,9 @@ def read_dataset(name: str, split: str) -> "datasets.Dataset":
             raise ValueError(f"{name} has no split {split!r}; expected one of {', '.join(found)}")
         return found[split] if isinstance(found, datasets.DatasetDict) else found
     if path.is_file():
-        kind = "json" if path.suffix in (".json", ".jsonl") else "text"
-        return datasets.load_dataset(kind, data_files=name, split="train")
+        if path.suffix in (".json", ".jsonl"):
+            return datasets.load_dataset("json", data_files=name, split="train")
+        return datasets.load_dataset("text", data_files=name, split="train", sample_by="document")
     return datasets.load_dataset(name, split=split)
 
 

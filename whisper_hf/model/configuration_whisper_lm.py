@@ -150,8 +150,8 @@ class WhisperLMConfig(PreTrainedConfig):
         intermediate_size (`int`): width inside the gated MLP.
         num_hidden_layers (`int`): number of decoder layers.
         num_attention_heads (`int`): number of query heads.
-        num_key_value_heads (`int`, *optional*): number of key and value heads; must divide `num_attention_heads`,
-            which is also the default.
+        num_key_value_heads (`int`, *optional*): number of key and value heads, 3 by default; must divide
+            `num_attention_heads`, which `None` stands for.
         head_dim (`int`, *optional*): size of one head, even; `hidden_size // num_attention_heads` by default.
         hidden_act (`str`): activation of the MLP's gate.
         max_position_embeddings (`int`): longest sequence, in tokens.

@@ -1,10 +1,12 @@
 """Published objectives against repetition, one function each, written from the formulas of their papers.
 
-Legend: `B` rows of `T` tokens, `V` vocabulary, `H` width, `C` candidates. Everywhere `logits[:, t]` (any float) predict
-`targets[:, t]`, which is -100 where no token counts (prompts, padding, the last token of a document), and `documents`
-says which document of its row a token belongs to. What does not count, other documents and other rows have no part.
-Losses are one per token, `[B, T]`, 0 where none counts, in float32 (float64 for float64); averaging is the caller's.
-Of the size of the logits are at most one temporary tensor (as in `log_softmax`) and the gradient, both in float32.
+Legend: `B` rows of `T` tokens, `V` vocabulary, `H` width, `C` candidates. Common arguments: `logits` (`[B, T, V]`, any
+float), where `logits[:, t]` predict `targets[:, t]` (`[B, T]`, int64; -100 where no token counts: prompts, padding, the
+last token of a document); `documents` (`[B, T]`, int64, *optional*), which of its row's documents a token belongs to;
+`window` (`int`, *optional*), how many tokens to look back, by default all; memory grows with it. What does not count,
+other documents and other rows have no part. Losses are one per token, `[B, T]`, 0 where none counts, in float32
+(float64 for float64); averaging is the caller's. Of the size of the logits are at most one temporary tensor (as in
+`log_softmax`) and the gradient, both in the dtype of the loss.
 """
 
 import math
@@ -21,22 +23,17 @@ from .diversity import NONE
 def previous_tokens(
     targets: Tensor, documents: Tensor | None = None, *, window: int | None = None, keep_target: bool = False
 ) -> Tensor:
-    """Find the distinct tokens before each one in its document: `{x_s : t - window <= s < t} \\ {x_t}`.
+    """Find the distinct tokens before each one in its document: `{x_s : t - window <= s < t}`, less `x_t` unless kept.
 
     Only targets are sources, so neither prompts nor the first token of a row, which nothing predicts.
 
-    Args:
-        targets, documents (`[B, T]`, int64).
-        window (`int`, *optional*): tokens to look back, which bounds memory; by default all.
-        keep_target (`bool`): leave `x_t` in.
-
     Returns:
-        `[B, T, C]`, int64, with `C = min(window, T - 1)`: -1 where there are fewer.
+        `[B, T, C]`, int64, with `C` the lesser of window and T - 1: -1 where there are fewer.
     """
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}; leave it out to look back without limit")
     size, length = targets.numel(), targets.shape[1]
-    width = max(length - 1, 1) if window is None else min(window, max(length - 1, 1))
+    width = max(min(window or length, length - 1), 1)
     owner, place = _owners(targets, documents), torch.arange(size, device=targets.device).view_as(targets)
     key, order = _with_token(owner, targets, targets >= 0).flatten().sort(stable=True)
     later = torch.full_like(key, size)  # where the same token comes next
@@ -50,15 +47,7 @@ def previous_tokens(
 
 
 def repeated_ngrams(targets: Tensor, documents: Tensor | None = None, *, n: int = 4) -> Tensor:
-    """Find the tokens that are part of an n-gram which began earlier in its document too, overlapping or not.
-
-    Args:
-        targets, documents (`[B, T]`, int64): n-grams lie among those that count.
-        n (`int`): tokens of an n-gram.
-
-    Returns:
-        `[B, T]`, bool.
-    """
+    """Find (`[B, T]`, bool) the tokens of n-grams, `n` tokens that count, which began in their document before."""
     if n < 1:
         raise ValueError(f"n must be at least 1 token, got {n}")
     repeated, starts = torch.zeros_like(targets, dtype=torch.bool), targets.shape[1] - n + 1
@@ -83,12 +72,7 @@ def token_unlikelihood(
     """`-sum_c log(1 - p(c))` over the tokens `c` that came before, nats, `[B, T]`: be unlikely to repeat any.
 
     The simplest penalty, on people's text; add to cross-entropy. Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
-
-    Args:
-        logits (`[B, T, V]`); targets, documents (`[B, T]`, int64).
-        window (`int`, *optional*): tokens to look back; the paper's is all.
     """
-    _check(logits, targets)
     candidates = previous_tokens(targets, documents, window=window)
     _, log_not = _log_probabilities(logits, candidates)
     return -log_not.where(candidates >= 0, 0).sum(-1)
@@ -102,10 +86,8 @@ def sequence_unlikelihood(logits: Tensor, targets: Tensor, documents: Tensor | N
     metric and code, and so this function, for one that began before.
 
     Args:
-        logits (`[B, T, V]`); targets, documents (`[B, T]`, int64).
         n (`int`): tokens of an n-gram; the paper's is 4.
     """
-    _check(logits, targets)
     _, log_not = _log_probabilities(logits, targets[..., None])
     return -log_not[..., 0].where(repeated_ngrams(targets, documents, n=n), 0)
 
@@ -119,11 +101,8 @@ def scalegrad(
     Lin et al. 2021 (ScaleGrad), https://arxiv.org/abs/2106.07207.
 
     Args:
-        logits (`[B, T, V]`); targets, documents (`[B, T]`, int64).
         gamma (`float`): ratio between 0 and 1, small for a strong effect; the paper's are 0.2, 0.5 and 0.8.
-        window (`int`, *optional*): tokens to look back; the paper's is all.
     """
-    _check(logits, targets)
     if not 0 < gamma < 1:
         raise ValueError(f"gamma must lie between 0 and 1, got {gamma}; for 1 use cross-entropy")
     seen = previous_tokens(targets, documents, window=window, keep_target=True)
@@ -141,7 +120,7 @@ def simctg(hidden: Tensor, targets: Tensor, documents: Tensor | None = None, *, 
     2022, https://arxiv.org/abs/2202.06417. Takes memory for `[B, T, T]` similarities.
 
     Args:
-        hidden (`[B, T, H]`): the last layer's states; targets, documents (`[B, T]`, int64): which states count.
+        hidden (`[B, T, H]`, any float): the last layer's states, those that predict nothing that counts left out.
         margin (`float`): in [-1, 1], how much less similar to others than to itself; the paper's is 0.5.
     """
     _check(hidden, targets)
@@ -156,17 +135,11 @@ def simctg(hidden: Tensor, targets: Tensor, documents: Tensor | None = None, *, 
     return excess.sum(-1) / pairs.sum(-1).clamp(min=1)
 
 
-def contrastive_token(
-    logits: Tensor, targets: Tensor, documents: Tensor | None = None, *, window: int | None = 60
-) -> Tensor:
+def contrastive_token(logits: Tensor, targets: Tensor, documents: Tensor | None = None, *, window: int = 60) -> Tensor:
     """`log(1 + sum_c exp(z_c - z_y))`, nats, `[B, T]`: tokens `c` of the window before are less likely than the true.
 
-    Leaves other tokens alone; add to cross-entropy. Jiang et al. 2022 (CT), https://arxiv.org/abs/2205.02517. Tokens
-    that occur twice count once, as in a set. [`contrast_loss`] is the same over fewer candidates.
-
-    Args:
-        logits (`[B, T, V]`); targets, documents (`[B, T]`, int64).
-        window (`int`, *optional*): tokens to look back; the authors suggest an eighth of the sequence.
+    Leaves other tokens alone; add to cross-entropy. Jiang et al. 2022 (CT), https://arxiv.org/abs/2205.02517; they
+    advise a window of an eighth of the sequence. [`contrast_loss`] is the same over fewer candidates.
     """
     _check(logits, targets)
     candidates = previous_tokens(targets, documents, window=window)
@@ -179,8 +152,7 @@ def repeat_span(input_ids: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor
     """Make data for [`ditto`]: each row up to the end of a span (a sentence), which then repeats until the row is full.
 
     Args:
-        input_ids (`[B, T]`, int64).
-        starts, ends (`[B]`, int64): the span of each row, `0 <= start < end <= T`.
+        input_ids (`[B, T]`, int64); starts, ends (`[B]`, int64): the span of each row.
 
     Returns:
         input_ids and targets (`[B, T]`, int64), -100 before the span.
@@ -200,18 +172,14 @@ def ditto(
 
     Each copy of a sentence is to be less likely than the one before. For data of [`repeat_span`], in every other step
     in place of cross-entropy. Xu et al. 2022 (DITTO), https://arxiv.org/abs/2206.02369. As the paper has it, the
-    gradient vanishes where a token is certain in both copies: unlike unlikelihood, the loss is bounded there.
+    gradient vanishes where a token is certain in both copies. Tokens that differ from one period before are left alone.
 
     Args:
-        logits (`[B, T, V]`); targets, documents (`[B, T]`, int64): no loss where a token is not that of a copy earlier.
         periods (`[B]`, int64): tokens of a copy, `ends - starts` of the span.
         ratio (`float`): above 0 (unlikelihood), at most 1; the paper's lambda, 0.5 for open text, 0.9 for summaries.
     """
-    _check(logits, targets)
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be above 0 and at most 1, got {ratio}; for 0 use an unlikelihood")
-    if not bool((periods >= 1).all()):
-        raise ValueError(f"periods must be at least 1 token, got {periods.tolist()}")
+    if not 0 < ratio <= 1 or bool((periods < 1).any()):
+        raise ValueError(f"expected 0 < ratio <= 1 and periods of a token or more, got {ratio} and {periods.tolist()}")
     source = torch.arange(targets.shape[1], device=targets.device) - periods[:, None]
     before, owner = source.clamp(min=0), _owners(targets, documents)
     repeats = (source >= 0) & (targets >= 0) & (targets.gather(1, before) == targets)
@@ -228,20 +196,17 @@ def gem(logits: Tensor, targets: Tensor, *, beta: float = 0.7, h: str = "linear"
 
     For supervised fine-tuning in place of cross-entropy: keeps variety across samples. `q` answers the model at best,
     `argmax_q E_q log p + beta H(q)`, so no gradient flows through it. With linear `h(u) = u` the gradient is
-    `q - onehot(x_t)`: cross-entropy's at `beta = 1`; below, it draws on strong rivals alone, and ends once the true
+    `q - onehot(x_t)`: cross-entropy's at `beta = 1`; below, it draws on strong rivals alone, and fades once the true
     token leads. With `h(u) = log sigmoid(u)` weak rivals are spared further. The value itself may be negative. Li et
     al., ICLR 2025, https://arxiv.org/abs/2408.16673 (their code's gradient is of `100 log sigmoid(u / 100)`).
 
     Args:
-        logits (`[B, T, V]`); targets (`[B, T]`, int64).
         beta (`float`): positive temperature; the paper's is 0.7.
         h (`str`): "linear" or "logsigmoid".
     """
     _check(logits, targets)
-    if h not in ("linear", "logsigmoid"):
-        raise ValueError(f"unknown h {h!r}; expected 'linear' or 'logsigmoid'")
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}; 1 has the gradient of cross-entropy")
+    if h not in ("linear", "logsigmoid") or not beta > 0:
+        raise ValueError(f"expected h 'linear' or 'logsigmoid' and a positive beta, got {h!r} and {beta}")
     return _Gem.apply(logits, targets, beta, h == "linear").where(targets >= 0, 0)
 
 
@@ -284,7 +249,6 @@ class _Read(torch.autograd.Function):
         second = others.amax(-1, keepdim=True).clamp_(min=LOWEST_LOG)
         rest = others.sub_(second).exp_().sum(-1, keepdim=True).log_().add_(second).clamp_(min=LOWEST_LOG)
         ctx.save_for_backward(logits, tokens, rest, best)
-        ctx.mark_non_differentiable(best)
         return _widen(logits.gather(-1, tokens)), _widen(top), rest, best
 
     @staticmethod
@@ -298,11 +262,11 @@ class _Read(torch.autograd.Function):
 def _log_probabilities(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return `log p` and `log(1 - p)` of tokens (`[B, T, K]`, any where negative), exact and steep however certain.
 
-    `log(1 - p)` is `-softplus(z - logsumexp(z of others))`. Only the most likely token's `p` can pass 1/2, so only its
-    others are added up; below 1/2, `log1p(-p)` is as good.
+    `log(1 - p)` is `-softplus(z - logsumexp(z of others))`. Others are added up for the likeliest token alone, as no
+    other's `p` can pass 1/2; below that, `log1p(-p)` is as good.
     """
-    tokens = tokens.clamp(min=0)
-    chosen, top, rest, best = _Read.apply(logits, tokens)
+    _check(logits, tokens[..., 0])
+    chosen, top, rest, best = _Read.apply(logits, tokens.clamp(min=0))
     log_p = chosen - torch.logaddexp(top, rest)
     is_best = tokens == best
     log_not = torch.log1p(-log_p.masked_fill(is_best, -math.inf).exp())
@@ -335,5 +299,4 @@ def _with_token(key: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
 def _check(values: Tensor, targets: Tensor) -> None:
     """Refuse tensors that do not belong together."""
     if values.dim() != 3 or values.shape[:2] != targets.shape:
-        expected = f"expected values [B, T, ...] for targets [B, T], got {list(values.shape)} for {list(targets.shape)}"
-        raise ValueError(f"{expected}; shift both alike, and give a single row as a batch of one")
+        raise ValueError(f"expected [B, T, ...] and [B, T], got {[*values.shape]} and {[*targets.shape]}; shift both alike")
