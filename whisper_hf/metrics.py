@@ -69,8 +69,8 @@ def token_repetition(sequences: Iterable[Ids], predictions: Iterable[Ids], windo
     texts, guesses = _sequences(sequences), _sequences(predictions)
     needed, given = [max(len(ids) - 1, 0) for ids in texts], [len(guessed) for guessed in guesses]
     if needed != given or not sum(needed):
-        got = f"{reprlib.repr(given)}; give logits.argmax(-1)[:-1] for each text"
-        raise ValueError(f"expected {reprlib.repr(needed)} predictions (more than none in all), got {got}")
+        lengths = f"{reprlib.repr(needed)} (not all 0), got {reprlib.repr(given)}"
+        raise ValueError(f"expected predictions of lengths {lengths}; logits.argmax(-1)[:-1] are those of one text")
     repeats, wrong = 0, 0
     for ids, guessed in zip(texts, guesses, strict=True):
         last_seen: dict[int, int] = {}
@@ -160,18 +160,17 @@ def looping_share(sequences: Iterable[Ids], copies: int = 3, longest: int = 64) 
         copies (`int`): repetitions that make a loop.
         longest (`int`): tokens in the longest phrase.
     Returns:
-        ratio in [0, 1]; that of a single output tells whether it loops.
+        ratio in [0, 1]; 1 for a single output that loops.
     Raises:
         ValueError: `copies < 2`, `longest < 1`, something other than token ids, or no output.
     """
     _at_least("copies", copies, 2)
     _at_least("longest", longest, 1)
-    every = _sequences(sequences)
-    loops = 0
-    for ids in every:
+    loops = []
+    for ids in _sequences(sequences):
         periods = range(1, min(longest, len(ids) // copies) + 1)
-        loops += any(ids[-copies * p : -p] == ids[p - copies * p :] for p in periods)
-    return loops / len(every)
+        loops.append(any(ids[-copies * p : -p] == ids[p - copies * p :] for p in periods))
+    return sum(loops) / len(loops)
 
 
 def loop_continuation_probability(log_probabilities: Tensor, length: int) -> Tensor:
@@ -209,9 +208,9 @@ def self_bleu(texts: Sequence[str], n: int = 4) -> float:
         ImportError: sacrebleu is not installed.
     """
     _at_least("n", n, 1)
-    every = _texts(texts, 2)
+    kept = _texts(texts, 2)
     bleu = _optional("sacrebleu", "sacrebleu").BLEU(max_ngram_order=n, effective_order=True)
-    scores = [bleu.sentence_score(text, every[:i] + every[i + 1 :]).score for i, text in enumerate(every)]
+    scores = [bleu.sentence_score(text, kept[:i] + kept[i + 1 :]).score for i, text in enumerate(kept)]
     return min(math.fsum(scores) / len(scores) / 100, 1.0)  # equal texts round to a little more
 
 
@@ -245,9 +244,11 @@ def mauve(features: Tensor | np.ndarray, human_features: Tensor | np.ndarray, se
         ValueError: features that are not finite matrices of equal width, of two texts or more each.
         ImportError: mauve-text is not installed.
     """
-    model, human = _matrix(features), _matrix(human_features)
-    if model.shape[1] != human.shape[1]:
-        raise ValueError(f"features must be of one width, got {model.shape} and {human.shape}; use one feature model")
+    given = [f.detach().float().cpu() if isinstance(f, Tensor) else f for f in (features, human_features)]
+    model, human = (np.asarray(f, dtype=np.float32) for f in given)
+    finite = bool(np.isfinite(model).all() and np.isfinite(human).all())
+    if model.ndim != 2 or model.shape[1:] != human.shape[1:] or min(len(model), len(human)) < 2 or not finite:
+        raise ValueError(f"features must be two [2 or more, D], finite, got {model.shape}, {human.shape}, {finite=}")
     return float(_optional("mauve", "mauve-text").compute_mauve(model, human, seed=seed).mauve)
 
 
@@ -256,8 +257,7 @@ def _sequences(sequences: Iterable[Ids], shortest: int = 0) -> list[list[int]]:
     every = [_ids(sequence, number) for number, sequence in enumerate(sequences)]
     kept = [ids for ids in every if len(ids) >= shortest]
     if not kept:
-        lengths = reprlib.repr([*map(len, every)])
-        raise ValueError(f"expected sequences of {shortest} tokens or more, got lengths {lengths}; generate more text")
+        raise ValueError(f"expected sequences of at least {shortest} tokens, got {reprlib.repr([*map(len, every)])}")
     return kept
 
 
@@ -266,10 +266,9 @@ def _ids(sequence: Ids, number: int) -> list[int]:
     try:
         ids = [operator.index(token) for token in (sequence.tolist() if hasattr(sequence, "tolist") else sequence)]
     except TypeError as error:
-        got = f"{reprlib.repr(sequence)}; put a single sequence in a list, tokenize text"
-        raise ValueError(f"sequence {number} must be a row of integer token ids, got {got}") from error
+        raise ValueError(f"row {number} must be token ids, got {reprlib.repr(sequence)}; list a single row") from error
     if min(ids, default=0) < 0:
-        raise ValueError(f"token ids must not be negative, got {min(ids)} in sequence {number}; cut off what is masked")
+        raise ValueError(f"token ids must not be negative, got {min(ids)} in row {number}; cut off what is masked")
     return ids
 
 
@@ -285,14 +284,6 @@ def _texts(texts: Sequence[str], fewest: int) -> list[str]:
     if len(kept) < fewest or not all(isinstance(text, str) for text in kept):
         raise ValueError(f"expected a list of {fewest} or more texts that are not blank, got {reprlib.repr(texts)}")
     return kept
-
-
-def _matrix(features: Tensor | np.ndarray) -> np.ndarray:
-    """Return float32 features."""
-    values = np.asarray(features.detach().float().cpu() if isinstance(features, Tensor) else features, np.float32)
-    if values.ndim != 2 or len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"features must be a finite [M, D] matrix, M of 2 or more, got {values.shape}: {values}")
-    return values
 
 
 def _at_least(name: str, value: int, least: int) -> None:

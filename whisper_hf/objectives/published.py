@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
+from ..model.diversity import NONE
 from .divergences import LOWEST_LOG
-from .diversity import NONE
 
 
 def previous_tokens(
@@ -25,10 +25,8 @@ def previous_tokens(
 ) -> Tensor:
     """Find the distinct tokens before each one in its document: `{x_s : t - window <= s < t}`, less `x_t` unless kept.
 
-    Only targets are sources, so neither prompts nor the first token of a row, which nothing predicts.
-
-    Returns:
-        `[B, T, C]`, int64, with `C` the lesser of window and T - 1: -1 where there are fewer.
+    Only targets are sources, so neither prompts nor the first token of a row, which nothing predicts. Returned as
+    `[B, T, C]`, int64, with `C` the lesser of window and T - 1, and -1 where there are fewer.
     """
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}; leave it out to look back without limit")
@@ -266,11 +264,11 @@ def _log_probabilities(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     other's `p` can pass 1/2; below that, `log1p(-p)` is as good.
     """
     _check(logits, tokens[..., 0])
-    chosen, top, rest, best = _Read.apply(logits, tokens.clamp(min=0))
+    tokens = tokens.clamp(min=0)
+    chosen, top, rest, best = _Read.apply(logits, tokens)
     log_p = chosen - torch.logaddexp(top, rest)
-    is_best = tokens == best
-    log_not = torch.log1p(-log_p.masked_fill(is_best, -math.inf).exp())
-    return log_p, torch.where(is_best, nn.functional.logsigmoid(rest - top), log_not)
+    log_not = torch.log1p(-log_p.masked_fill(tokens == best, -math.inf).exp())
+    return log_p, torch.where(tokens == best, nn.functional.logsigmoid(rest - top), log_not)
 
 
 def _widen(values: Tensor, copy: bool = False) -> Tensor:
@@ -299,4 +297,4 @@ def _with_token(key: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
 def _check(values: Tensor, targets: Tensor) -> None:
     """Refuse tensors that do not belong together."""
     if values.dim() != 3 or values.shape[:2] != targets.shape:
-        raise ValueError(f"expected [B, T, ...] and [B, T], got {[*values.shape]} and {[*targets.shape]}; shift both alike")
+        raise ValueError(f"expected [B, T, ...] and [B, T], got {[*values.shape]} and {[*targets.shape]}; shift both")
