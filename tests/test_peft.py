@@ -24,20 +24,21 @@ def test_lora_attach_train_save_load_merge(tmp_path, model, input_ids) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
 
-    expected = adapted.eval()(input_ids).logits
-    assert (expected - untouched).abs().max() > 1e-2
-    adapted.save_pretrained(tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert torch.equal(loaded(input_ids).logits, expected)
-    generated = loaded.generate(input_ids=input_ids, max_new_tokens=4, do_sample=False)
-    assert generated.shape == (2, input_ids.shape[1] + 4)
+    with torch.no_grad():  # with gradients, short sequences take another path, equal to rounding
+        expected = adapted.eval()(input_ids).logits
+        assert (expected - untouched).abs().max() > 1e-2
+        adapted.save_pretrained(tmp_path / "adapter")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert torch.equal(loaded(input_ids).logits, expected)
+        generated = loaded.generate(input_ids=input_ids, max_new_tokens=4, do_sample=False)
+        assert generated.shape == (2, input_ids.shape[1] + 4)
 
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(merged(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
-    merged.save_pretrained(tmp_path / "merged")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(reloaded(input_ids).logits, merged(input_ids).logits)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+        merged.save_pretrained(tmp_path / "merged")
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.equal(reloaded(input_ids).logits, merged(input_ids).logits)
 
 
 def test_adapter_finds_its_base_model(tmp_path, model) -> None:
@@ -45,4 +46,5 @@ def test_adapter_finds_its_base_model(tmp_path, model) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained(tmp_path / "a")
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert torch.equal(found(tokens()).logits, model(tokens()).logits)
+    with torch.no_grad():
+        assert torch.equal(found(tokens()).logits, model(tokens()).logits)
