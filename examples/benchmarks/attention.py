@@ -210,7 +210,8 @@ def main() -> None:
 
     if rows:
         print(f"\n{report(rows)}\n")
-        print(f"peak memory above the inputs, forward + backward at {max(trained, default=0)}: {memory} MB")
+    if memory:
+        print(f"peak memory above the inputs, forward + backward at {max(trained)}: {memory} MB")
     if layers:
         print(f"\n{report_layers(layers)}\n{NOTE}")
     options.output.mkdir(parents=True, exist_ok=True)
