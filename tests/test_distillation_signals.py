@@ -31,7 +31,6 @@ from transformers import (
 
 from whisper_hf import WhisperLMForCausalLM
 from whisper_hf.distillation import (
-    DistillationConfig,
     DistillationTrainer,
     Manifest,
     StoredSignals,
@@ -42,6 +41,7 @@ from whisper_hf.distillation import __main__ as command
 from whisper_hf.distillation.signals import MANIFEST
 
 from .conftest import SIZES, VOCABULARY, tiny_model
+from .test_distillation import config
 
 LENGTHS = (23, 61, 7, 31, 61, 12, 1, 35, 50, 9, 28, 17)  # some beyond the student's budget of 48
 ALL_BUT_ONE = VOCABULARY - 1  # with the probability of the last token, these are the teacher's whole distribution
@@ -145,20 +145,7 @@ def trainer(teacher: Any, dataset: Any, folder: Path, collator: Callable = pad, 
     """Return a trainer for a few steps."""
     names = ("model", "eval_dataset", "processing_class", "teacher_processing_class")  # the rest is for the config
     kwargs = {"model": student_model(), **{name: options.pop(name) for name in names if name in options}}
-    arguments = {
-        "output_dir": str(folder / "trainer"),
-        "optim": "sgd",  # whose steps are as precise as the gradient
-        "learning_rate": 0.3,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
-    args = DistillationConfig(**{**arguments, **options})
+    args = config(folder / "trainer", **{"learning_rate": 0.3, "per_device_train_batch_size": 4, **options})
     return DistillationTrainer(teacher=teacher, args=args, train_dataset=dataset, data_collator=collator, **kwargs)
 
 

@@ -119,9 +119,9 @@ class DistillationConfig(TrainingArguments):
         return None if pairs is None else [(int(student), int(teacher)) for student, teacher in pairs]
 
     @property
-    def matches_states(self) -> bool:
-        """Whether hidden states or attention outputs are compared."""
-        return bool(self.hidden_states_weight or self.attention_outputs_weight)
+    def state_kinds(self) -> list[str]:
+        """Which states inside the models are compared."""
+        return [kind for kind in ("hidden_states", "attention_outputs") if getattr(self, f"{kind}_weight")]
 
     def weighted_divergence(self) -> Divergence:
         """Return the divergence as a function."""

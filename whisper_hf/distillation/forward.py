@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.diversity import IGNORED, shift
 from ..objectives import (
     StoredSamples,
     StoredTop,
@@ -20,10 +21,8 @@ from ..objectives import (
 )
 from .capture import HeadReplacement, attention_outputs
 from .config import DistillationConfig
-from .on_policy import IGNORED
 
 ON_POLICY = "on_policy"  # key of batches that the student wrote itself
-STATE_KINDS = ("hidden_states", "attention_outputs")
 
 
 @dataclass
@@ -79,11 +78,6 @@ class Batch:
         return self.targets != IGNORED
 
 
-def shift(labels: Tensor) -> Tensor:
-    """Move labels (`[B, T]`) to the positions that predict them."""
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
 @dataclass
 class BatchLosses:
     """`loss`: weighted sum over tokens, differentiable; `terms`: each unweighted, `[n]`, without gradient."""
@@ -121,7 +115,7 @@ class DistillationForward:
         self.teacher_head = None if teacher_model is None else HeadReplacement(teacher_model)
         self.matching = matching
         self.stored_vocabulary = stored_vocabulary
-        self.kinds = [kind for kind in STATE_KINDS if getattr(config, f"{kind}_weight")]
+        self.kinds = config.state_kinds
 
     def __call__(self, model: nn.Module, student: Any, student_head: HeadReplacement, batch: Batch) -> BatchLosses:
         """Compute the losses of a batch.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-IGNORED = -100  # label of tokens that do not count
+from ..model.diversity import IGNORED
 
 
 def is_on_policy_step(fraction: float, seed: int, step: int) -> bool:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..model.diversity import IGNORED
+
 MANIFEST = "signals.json"
 ROW = "teacher_row"  # column that says which signals belong to an example
 
@@ -168,7 +170,7 @@ class SignalCollator:
         length = batch["input_ids"].shape[1]
         if self.label_name in batch:  # nothing is stored about padding, which predicts the first token on its right
             batch[self.label_name] = batch[self.label_name].clone()
-            batch[self.label_name][range(len(offsets)), offsets] = -100
+            batch[self.label_name][range(len(offsets)), offsets] = IGNORED
         for name, arrays in columns.items():
             batch[name] = torch.stack([_placed(array, at, length) for array, at in zip(arrays, offsets, strict=True)])
         return batch

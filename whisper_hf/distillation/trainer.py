@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .capture import HeadReplacement
 from .config import DistillationConfig
-from .forward import ON_POLICY, STATE_KINDS, Batch, BatchLosses, DistillationForward
+from .forward import ON_POLICY, Batch, BatchLosses, DistillationForward
 from .on_policy import continue_prompts, is_on_policy_step, prompts_of
 from .signals import ROW, SignalCollator, StoredSignals, is_signals, with_rows
 from .states import StateMatching
@@ -107,7 +107,7 @@ class DistillationTrainer(Trainer):
             if "universal" not in self.args.divergences:
                 sizes = head_size(self.model), head_size(self.teacher)
                 refuse_other_vocabulary(sizes, self.processing_class, tokenizer or load_tokenizer(teacher))
-            if self.args.matches_states:
+            if self.args.state_kinds:
                 matching, wrapped = self._build_matching()
         placed = None if self.teacher is None else place_teacher(self.teacher, self.accelerator)
         self.matching = matching
@@ -119,8 +119,8 @@ class DistillationTrainer(Trainer):
         args, stored = self.args, self.signals
         universal = "universal" in args.divergences
         for refused, what in (
-            (stored and (args.on_policy_fraction or args.matches_states or universal), "stored signals"),
-            (universal and (args.on_policy_fraction or args.matches_states), 'divergence="universal"'),
+            (stored and (args.on_policy_fraction or args.state_kinds or universal), "stored signals"),
+            (universal and (args.on_policy_fraction or args.state_kinds), 'divergence="universal"'),
         ):
             if refused:
                 raise ValueError(
@@ -135,8 +135,8 @@ class DistillationTrainer(Trainer):
 
     def _build_matching(self) -> tuple[StateMatching, nn.Module]:
         """Build what compares states, and wrap it where processes must agree on its projections."""
-        kinds = [kind for kind in STATE_KINDS if getattr(self.args, f"{kind}_weight")]
-        matching = StateMatching(self.model.config, self.teacher.config, self.args.layer_pairs, kinds)
+        configs = self.model.config, self.teacher.config
+        matching = StateMatching(*configs, self.args.layer_pairs, self.args.state_kinds)
         matching.to(self.args.device)
         if not list(matching.parameters()):
             return matching, matching

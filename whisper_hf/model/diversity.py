@@ -73,6 +73,11 @@ def repeating_tokens(
     return found.view(*input_ids.shape, most)
 
 
+def shift(labels: Tensor) -> Tensor:
+    """Move labels (`[B, T]`) to the positions that predict them."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 def contrast_loss(logits: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`log(1 + sum_c exp(z_c - z_y))` of each token: every candidate is to be less likely than the true token.
 
@@ -89,7 +94,7 @@ def contrast_loss(logits: Tensor, labels: Tensor, candidates: Tensor) -> tuple[T
         token (`[n]`).
     """
     gaps = _gaps(logits, labels, candidates)
-    value = _contrast(gaps)
+    value = contrast(gaps)
     derivative = (gaps - value[:, None]).exp()
     return value, derivative, -derivative.sum(-1)
 
@@ -100,7 +105,8 @@ def _gaps(logits: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
     return gaps.masked_fill(candidates == NONE, float("-inf"))
 
 
-def _contrast(gaps: Tensor) -> Tensor:
+def contrast(gaps: Tensor) -> Tensor:
+    """Return `log(1 + sum exp gap)`, `[...]`, of the gaps of candidates, `[..., C]`; `-inf` where there is none."""
     return nn.functional.pad(gaps, (1, 0)).logsumexp(-1)
 
 
@@ -133,7 +139,7 @@ def diverse_causal_lm_loss(
         return loss
     if shift_labels is None:
         assert labels is not None  # or the loss above would have failed
-        targets, tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED), labels
+        targets, tokens = shift(labels), labels
     else:
         targets, tokens = shift_labels, nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)
     targets, tokens = targets.to(logits.device), tokens.to(logits.device)
@@ -141,9 +147,9 @@ def diverse_causal_lm_loss(
     stretches = 2 * hidden.cumsum(1) + ~hidden  # of labelled tokens; a hidden one is a stretch of its own
     candidates = repeating_tokens(tokens.clamp(min=0), targets, stretches, window=diversity.window)
     counts = (candidates != NONE).any(-1) & (targets != IGNORED)
-    contrast = _contrast(_gaps(logits[counts].float(), targets[counts], candidates[counts])).sum()
+    penalty = contrast(_gaps(logits[counts].float(), targets[counts], candidates[counts])).sum()
     count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-    return loss + diversity.contrast_weight * contrast / count
+    return loss + diversity.contrast_weight * penalty / count
 
 
 def use_diversity(model: Any, diversity: Any = True) -> Any:
@@ -161,8 +167,9 @@ def use_diversity(model: Any, diversity: Any = True) -> Any:
     """
     base = getattr(model, "get_base_model", lambda: model)()
     vars(base).pop("_loss_function", None)
-    if base.__dict__.get("_diversity_hook") is not None:
-        base.__dict__.pop("_diversity_hook").remove()
+    hook = vars(base).pop("_diversity_hook", None)
+    if hook is not None:
+        hook.remove()
     settings = DiversityConfig.from_value({} if diversity is True else diversity)
     if settings is None:
         return model
@@ -172,7 +179,7 @@ def use_diversity(model: Any, diversity: Any = True) -> Any:
             f"{type(base).__name__}"
         )
     base.loss_function = functools.partial(diverse_causal_lm_loss, diversity=settings)
-    base.__dict__["_diversity_hook"] = base.register_forward_pre_hook(_warn_where_bypassed, with_kwargs=True)
+    vars(base)["_diversity_hook"] = base.register_forward_pre_hook(_warn_where_bypassed, with_kwargs=True)
     return model
 
 

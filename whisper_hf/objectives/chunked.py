@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.diversity import contrast_loss
-from .divergences import Probabilities, logits_gradient
+from .divergences import Probabilities, logits_gradient, wide
 from .heads import Head
 from .targets import Target
 
@@ -111,8 +111,8 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the parts of [`TokenLosses`]."""
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
-        grads = [torch.zeros_like(p, dtype=_wide(p)) for p in parameters] if needs_grad else []
-        values = hidden.new_zeros(3, len(hidden), dtype=_wide(hidden))
+        grads = [torch.zeros_like(p, dtype=wide(p)) for p in parameters] if needs_grad else []
+        values = hidden.new_zeros(3, len(hidden), dtype=wide(hidden))
         loss = values.new_zeros(())
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -140,14 +140,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return (_scale(grad_hidden, grad, grad_hidden.dtype), None, None, None, None, None, *scaled)
 
 
-def _wide(states: Tensor) -> torch.dtype:
-    """Return the dtype of sums: many small numbers added in half precision would be lost."""
-    return torch.promote_types(states.dtype, torch.float32)
-
-
 def _scale(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply a gradient in place, or where it is in half precision, beyond which a loss scale may lie, in float32."""
-    if total.dtype == _wide(total):
+    if total.dtype == wide(total):
         return total.mul_(factor.to(total.dtype)).to(dtype)
     return (total.float() * factor).to(dtype)
 
@@ -184,7 +179,7 @@ def _terms(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the loss of a chunk, the terms of its tokens (`[3, m]`), and the logits' gradient (`[m, V]`)."""
-    logits = logits.to(_wide(logits))
+    logits = logits.to(wide(logits))
     divergence_weight, cross_entropy_weight, diversity_weight = weights
     plain = shared = Probabilities.from_logits(logits)
     divergence, grad = logits.new_zeros(len(logits)), None
@@ -210,9 +205,8 @@ def _terms(
     if candidates is not None:
         diversity, at_candidates, at_label = contrast_loss(logits, labels, candidates[rows])
         if needs_grad and diversity_weight and grad is not None:
-            grad.scatter_add_(
-                1, candidates[rows].clamp(min=0), diversity_weight * at_candidates
-            )  # 0 where there is none
+            # the derivative is 0 where there is no candidate
+            grad.scatter_add_(1, candidates[rows].clamp(min=0), diversity_weight * at_candidates)
             grad.scatter_add_(1, labels[:, None], diversity_weight * at_label[:, None])
     terms = torch.stack([divergence, cross_entropy, diversity])
     return (terms.sum(1) * terms.new_tensor(weights)).sum(), terms, grad

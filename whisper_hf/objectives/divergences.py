@@ -148,6 +148,11 @@ def _log_mixture(p: Probabilities, q: Probabilities, weight: float) -> Tensor:
     return torch.logaddexp(p.log + math.log(weight), q.log + math.log1p(-weight))
 
 
+def wide(states: Tensor) -> torch.dtype:
+    """Return the dtype of sums: many small numbers added in half precision would be lost."""
+    return torch.promote_types(states.dtype, torch.float32)
+
+
 def logits_gradient(derivative: Tensor, q: Probabilities) -> Tensor:
     """Turn a derivative with respect to `log q` (`[n, m]`, overwritten) into that with respect to q's logits."""
     return derivative.addcmul_(q.value, derivative.sum(-1, keepdim=True), value=-1)

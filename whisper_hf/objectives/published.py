@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from ..model.diversity import NONE
-from .divergences import LOWEST_LOG
+from ..model.diversity import IGNORED, NONE, contrast
+from .divergences import LOWEST_LOG, wide
 
 
 def previous_tokens(
@@ -143,7 +143,7 @@ def contrastive_token(logits: Tensor, targets: Tensor, documents: Tensor | None 
     candidates = previous_tokens(targets, documents, window=window)
     chosen = _widen(logits.gather(-1, torch.cat([targets[..., None], candidates], -1).clamp(min=0)))
     gaps = (chosen[..., 1:] - chosen[..., :1]).masked_fill(candidates == NONE, -math.inf)
-    return nn.functional.pad(gaps, (1, 0)).logsumexp(-1)
+    return contrast(gaps)
 
 
 def repeat_span(input_ids: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def repeat_span(input_ids: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor
         raise ValueError(f"expected 0 <= start < end <= {length}, got {starts.tolist()} to {ends.tolist()}")
     starts, place = starts[:, None], torch.arange(length + 1, device=input_ids.device)
     text = input_ids.gather(1, torch.where(place < starts, place, starts + (place - starts) % (ends[:, None] - starts)))
-    return text[:, :-1], text[:, 1:].masked_fill(place[1:] < starts, -100)
+    return text[:, :-1], text[:, 1:].masked_fill(place[1:] < starts, IGNORED)
 
 
 def ditto(
@@ -273,7 +273,7 @@ def _log_probabilities(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _widen(values: Tensor, copy: bool = False) -> Tensor:
     """Return values in float32, or float64 for float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32), copy=copy)
+    return values.to(wide(values), copy=copy)
 
 
 def _owners(targets: Tensor, documents: Tensor | None) -> Tensor:
