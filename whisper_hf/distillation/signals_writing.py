@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..objectives import Head, Probabilities
 from .capture import HeadReplacement
@@ -20,8 +19,6 @@ from .teachers import refuse_training_mode
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.get_logger(__name__)
 
 EXAMPLES_PER_PART = 256
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -88,10 +85,8 @@ def write_signals(
     )
     folder = Path(folder)
     _begin(folder, manifest)
-    logger.info(f"signals of {examples} examples, {tokens} tokens, will take about {manifest.bytes / 1e6:.1f} MB")
-    for part in tqdm(
-        range(0, examples, EXAMPLES_PER_PART), disable=not progress, unit=f"x{EXAMPLES_PER_PART} examples"
-    ):
+    starts = range(0, examples, EXAMPLES_PER_PART)
+    for part in tqdm(starts, desc=f"signals, about {manifest.bytes / 1e6:.1f} MB", unit="part", disable=not progress):
         path = folder / f"part-{part // EXAMPLES_PER_PART:06d}"
         if not path.exists():
             rows = dataset.select(range(part, min(part + EXAMPLES_PER_PART, examples)))
