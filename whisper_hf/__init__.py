@@ -30,7 +30,9 @@ from .model.modeling_whisper_lm import (
 if TYPE_CHECKING:
     from .conversion import convert_checkpoint, from_dense, to_dense
     from .distillation import DistillationConfig, DistillationTrainer
+    from .diversity_callback import DiversityCallback
     from .importance import layer_importance
+    from .sequence_unlikelihood import SequenceUnlikelihoodCallback
     from .students import student_from
 
 __version__ = "0.1.0"
@@ -42,6 +44,8 @@ _LAZY = {
     "to_dense": "conversion",
     "DistillationConfig": "distillation",
     "DistillationTrainer": "distillation",
+    "DiversityCallback": "diversity_callback",
+    "SequenceUnlikelihoodCallback": "sequence_unlikelihood",
     "layer_importance": "importance",
     "student_from": "students",
 }
@@ -74,7 +78,9 @@ _register()
 __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
+    "DiversityCallback",
     "DiversityConfig",
+    "SequenceUnlikelihoodCallback",
     "SparseAttentionConfig",
     "WhisperLMConfig",
     "WhisperLMForCausalLM",

@@ -1,10 +1,7 @@
-"""Batches of the student's own text (on-policy distillation; Agarwal et al. 2023, https://arxiv.org/abs/2306.13649)."""
-
-from typing import Any
+"""When and from where a student writes text of its own (on-policy distillation; Agarwal et al. 2023, https://arxiv.org/abs/2306.13649)."""
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..model.diversity import IGNORED
 
@@ -48,49 +45,3 @@ def prompts_of(
     ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=pad_token_id) for row in rows])
     shown = torch.stack([(torch.arange(width, device=ids.device) >= width - len(row)).long() for row in rows])
     return ids, shown
-
-
-@torch.no_grad()
-def continue_prompts(
-    model: PreTrainedModel,
-    prompts: Tensor,
-    attention_mask: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    **kwargs: Any,
-) -> dict[str, Tensor]:
-    """Let the student continue prompts; its own tokens, up to the first end of text, become the labels.
-
-    Args:
-        model (`PreTrainedModel`): the student; its mode is left as it was.
-        prompts, attention_mask (`[B, P]`, int64): padded on the left.
-        max_new_tokens (`int`): length of the continuation.
-        temperature (`float`): of sampling; 0 decodes greedily.
-        kwargs: `pad_token_id`, and whether other processes must be waited for (`synced_gpus`).
-
-    Returns:
-        a batch: `input_ids`, `attention_mask` and `labels`, `[B, at most P + max_new_tokens]`, int64.
-    """
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    was_training = model.training
-    model.eval()
-    try:
-        ids = model.generate(
-            input_ids=prompts,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            use_cache=True,
-            **(sampling if temperature else {"do_sample": False}),
-            **kwargs,
-        )
-    finally:
-        model.train(was_training)
-    written = ids[:, prompts.shape[1] :]
-    end = torch.zeros_like(written, dtype=torch.bool)
-    eos = model.generation_config.eos_token_id
-    for token in [eos] if isinstance(eos, int) else eos or []:
-        end |= written == token
-    counts = end.cumsum(-1) - end.long() == 0  # up to and with the first end of text
-    shown = torch.cat([attention_mask, counts.long()], dim=1)
-    labels = torch.cat([torch.full_like(prompts, IGNORED), written.masked_fill(~counts, IGNORED)], dim=1)
-    return {"input_ids": ids, "attention_mask": shown, "labels": labels}

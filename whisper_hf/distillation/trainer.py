@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..writing import continue_prompts
 from .capture import HeadReplacement
 from .config import DistillationConfig
 from .forward import ON_POLICY, Batch, BatchLosses, DistillationForward
-from .on_policy import continue_prompts, is_on_policy_step, prompts_of
+from .on_policy import is_on_policy_step, prompts_of
 from .signals import ROW, SignalCollator, StoredSignals, is_signals, with_rows
 from .states import StateMatching
 from .teachers import (
