@@ -14,6 +14,7 @@ from transformers.utils.logging import warning_once
 
 from whisper_hf import DiversityConfig, WhisperLMForCausalLM, use_diversity
 from whisper_hf.objectives import chunked_distillation_loss, contrast_loss, repeating_tokens
+from whisper_hf.objectives.published import gem
 
 from .conftest import SIZES, tiny_config, tiny_model
 
@@ -172,6 +173,20 @@ def test_off_and_evaluation_are_bit_identical_to_the_stock_loss() -> None:
         )
 
 
+def test_gem_has_the_gradient_of_its_definition_and_evaluates_as_cross_entropy() -> None:
+    model = tiny_model(diversity={"contrast_weight": 0.0, "gem_beta": 0.6}).train()
+    labels = TEXT.masked_fill(torch.rand(TEXT.shape) < 0.2, -100)
+    output = model(TEXT, labels=labels)
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = gem(output.logits, targets, beta=0.6).sum() / (targets >= 0).sum()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(output.loss, parameters, retain_graph=True)
+    for got, gradient in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(model(TEXT, labels=labels).loss, tiny_model()(TEXT, labels=labels).loss)
+
+
 def test_shifted_labels_and_half_precision() -> None:
     model = tiny_model(diversity=STRONG).train()
     loss = model(TEXT, labels=TEXT).loss
@@ -192,7 +207,11 @@ def test_the_config_is_saved_and_validated(tmp_path) -> None:
     for value, message in (
         ({"contrast_weight": -1.0}, "contrast_weight must be 0 or more, got -1.0"),
         ({"window": 0}, "window must be an integer of at least 1, got 0"),
-        ({"strength": 1.0}, r"diversity has no field 'strength'; the fields are \['contrast_weight', 'window'\]"),
+        (
+            {"strength": 1.0},
+            r"diversity has no field 'strength'; the fields are \['contrast_weight', 'window', 'gem_beta'\]",
+        ),
+        ({"gem_beta": 0.0}, "gem_beta must be above 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_config(diversity=value)

@@ -173,10 +173,10 @@ class DiversityCallback(TrainerCallback):
         """Say that the model does not learn to stop."""
         pad, ends = getattr(self.trainer.processing_class, "pad_token_id", None), end_tokens(self._model())
         logger.warning(
-            f"texts of this batch end with an end-of-text token (one of {ends}), but no label is one, so the model does "
-            f"not learn to stop, and goes round in loops instead. Often padding has the same id (here {pad}) and is "
-            "masked by that: give the tokenizer a padding token of its own, or use a collator that sets labels to -100 "
-            "where the attention mask is 0"
+            f"texts of this batch end with an end-of-text token (one of {ends}), but no label is one, so the model "
+            f"does not learn to stop, and goes round in loops instead. Often padding has the same id (here {pad}) and "
+            "is masked by that: give the tokenizer a padding token of its own, or use a collator that sets labels to "
+            "-100 where the attention mask is 0"
         )
 
 

@@ -92,7 +92,13 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         """Join the training, and go on where a checkpoint left off."""
         model = kwargs["model"]
         if args.deepspeed or args.n_gpu > 1 or isinstance(model, FullyShardedDataParallel):
-            way = "DeepSpeed" if args.deepspeed else f"{type(model).__name__} on {args.n_gpu} devices of one process"
+            way = (
+                "DeepSpeed"
+                if args.deepspeed
+                else f"{args.n_gpu} devices of one process"
+                if args.n_gpu > 1
+                else "FSDP 1"
+            )
             raise ValueError(f"{type(self).__name__} needs one device, DDP or FSDP version 2, got {way}")
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[0] if isinstance(saved, list) else saved
@@ -123,9 +129,16 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     @torch.compiler.disable
-    def _before_forward(self, model: nn.Module, _args: tuple, batch: dict[str, Any]) -> None:
-        """Let the model continue prefixes of the batch, and add the gradient of the penalty to that of the step."""
-        if not (self._is_due and model.training and torch.is_grad_enabled()):
+    def _before_forward(self, model: nn.Module, args: tuple, batch: dict[str, Any]) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.join(model, {"input_ids": args[0], **batch} if args else batch)
+
+    def join(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Let the model continue prefixes of a batch, if it is time, and add the gradient of the penalty to the step's.
+
+        It is called before each forward in training; by trainers that have hooks in the model then, before those.
+        """
+        if not self._is_due:
             return
         self._is_due = False
         if batch.get("input_ids") is None:
@@ -148,7 +161,7 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         ids = batch["input_ids"]
         shown = torch.ones_like(ids) if batch.get("attention_mask") is None else batch["attention_mask"]
         labels = ids.masked_fill(shown == 0, IGNORED) if batch.get("labels") is None else batch["labels"]
-        documents = _documents(ids, shown, batch.get("position_ids"))
+        documents = documents_of(ids, shown, batch.get("position_ids"))
         for halving in range(HALVINGS):
             prefix, new = max(self.prefix_tokens >> halving, 1), self.new_tokens >> halving
             row, start = places(labels, documents, prefix, new)
@@ -175,7 +188,7 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
             self.human += (theirs / count - self.human) / self.times
 
 
-def _documents(ids: Tensor, shown: Tensor, position_ids: Tensor | None) -> Tensor:
+def documents_of(ids: Tensor, shown: Tensor, position_ids: Tensor | None) -> Tensor:
     """Number the documents of each row, `[B, T]`; hidden tokens belong to none."""
     documents = torch.zeros_like(ids)
     if position_ids is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..sequence_unlikelihood import SequenceUnlikelihoodCallback
 from ..writing import continue_prompts
 from .capture import HeadReplacement
 from .config import DistillationConfig
@@ -231,6 +232,10 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the loss of a batch: a sum over its tokens, divided by those of the whole optimizer step."""
+        if torch.is_grad_enabled():
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SequenceUnlikelihoodCallback):  # needs the head, which is replaced below
+                    callback.join(self.model, inputs)
         batch = Batch.split(inputs, self._label_name)
         losses = self._losses(model, batch)
         self._record(losses, batch, is_training=torch.is_grad_enabled())

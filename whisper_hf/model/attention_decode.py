@@ -86,7 +86,8 @@ def _attend_last(
             scores = packed.detach().float().sum(2, keepdim=True) @ means[:, :, first:end].detach().transpose(2, 3)
             blocks = torch.cat([top_recent(scores[:, :, 0], settings.topk_blocks) + first, blocks], dim=2)
         attended = blocks.shape[2] * size - -length % size
-        keys, values = (_gather_blocks(states, blocks, size)[:, :, :attended] for states in (key, value))
+        gathered = (_gather_blocks(states, blocks, size)[:, :, :attended] for states in (key, value))
+        keys, values = (states.to(query.dtype) for states in gathered)  # under autocast, RoPE widens keys and queries
         output = scaled_dot_product_attention(packed, keys, values, scale=scaling)
     return output.view(batch, -1, 1, value.shape[3])
 

@@ -97,6 +97,9 @@ class DiversityConfig:
         contrast_weight (`float`, defaults to 0.5): of `log(1 + sum_c exp(z_c - z_y))`, where `y` is the true token and
             `c` are the tokens that would go on with a repetition of two tokens or more; at least 0.
         window (`int`, defaults to 512): how far back repetitions are looked for, in tokens; at least 1.
+        gem_beta (`float`, *optional*): temperature of GEM, which takes the place of cross-entropy and keeps variety
+            across answers in supervised fine-tuning; above 0, the paper's is 0.7 (Li et al., ICLR 2025,
+            https://arxiv.org/abs/2408.16673).
 
     Raises:
         ValueError: a value outside its range, or (`from_value`) an unknown name.
@@ -104,6 +107,7 @@ class DiversityConfig:
 
     contrast_weight: float = 0.5
     window: int = 512
+    gem_beta: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.contrast_weight, bool) or not self.contrast_weight >= 0:
@@ -112,6 +116,8 @@ class DiversityConfig:
             raise ValueError(
                 f"diversity.window must be an integer of at least 1, got {self.window!r}; the default is 512"
             )
+        if self.gem_beta is not None and (isinstance(self.gem_beta, bool) or not self.gem_beta > 0):
+            raise ValueError(f"diversity.gem_beta must be above 0, got {self.gem_beta!r}; None is cross-entropy")
 
     @classmethod
     def from_value(cls, value: Any) -> "DiversityConfig | None":

@@ -125,6 +125,9 @@ def diverse_causal_lm_loss(
     Takes the place of transformers' `ForCausalLMLoss`, in its terms; without gradients it is that. Repetitions are
     looked for among labelled tokens: prompts, padding and everything beyond them are neither sources nor copies.
 
+    With `gem_beta` training minimises `beta * cross-entropy(logits / beta)` in place of cross-entropy: its gradient,
+    `softmax(logits / beta) - onehot`, is that of GEM with linear `h`, which the paper defines by a constant `q`.
+
     Args:
         logits (`[B, T, V]`, any float), labels (`[B, T]`, int64): labels are shifted inside.
         num_items_in_batch (`int` or 0-dim tensor, *optional*): divides both sums; else the mean is taken.
@@ -134,7 +137,9 @@ def diverse_causal_lm_loss(
     Returns:
         0-dim float32: nats per token.
     """
-    loss = ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, shift_labels=shift_labels, **kwargs)
+    beta = diversity.gem_beta if torch.is_grad_enabled() and diversity.gem_beta is not None else 1.0
+    tempered = logits if beta == 1 else logits.float() / beta
+    loss = beta * ForCausalLMLoss(tempered, labels, vocab_size, num_items_in_batch, shift_labels=shift_labels, **kwargs)
     if not torch.is_grad_enabled() or not diversity.contrast_weight:
         return loss
     if shift_labels is None:
