@@ -39,6 +39,7 @@ from .attention_blockwise import attention_blockwise
 from .attention_decode import attention_decode
 from .attention_reference import attention_reference
 from .configuration_whisper_lm import SparseAttentionConfig
+from .packing import unpack
 from .sparse_selection import content_layout, query_slots, selected_keys, visible_keys
 
 MASKED_SPARSE = "masked_sparse"
@@ -203,7 +204,8 @@ def masked_sparse_attention_forward(
     Args:
         module (`nn.Module`): the attention layer; its `config.sparse_attention` holds the budget, unless the layer
             passes `sparse_attention` itself.
-        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype.
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype; keys and values may be
+            packed by a quantized cache.
         attention_mask: a layout, `None`, or a `[B, 1, T, S]` mask, bool or additive (0, or at most -10,000).
         scaling (`float`, *optional*): factor on the logits, `D ** -0.5` by default.
         dropout (`float`): must be 0.
@@ -221,11 +223,14 @@ def masked_sparse_attention_forward(
     wants_weights = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
     if sliding_window is not None or settings is None or settings.covers(key.shape[2]):
         settings = None
+    is_plain = not wants_weights and (attention_mask is None or is_layout(attention_mask))
+    if settings is None or not is_plain:
+        key, value = unpack(key, query.dtype), unpack(value, query.dtype)
     if settings is None and not wants_weights:
         mask = dense_mask(attention_mask, query, key, sliding_window)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)
 
-    if settings is not None and not wants_weights and (attention_mask is None or is_layout(attention_mask)):
+    if settings is not None and is_plain:
         output = _sparse_attention(query, key, value, attention_mask, scaling, settings, kwargs.get("block_means"))
         return output.transpose(1, 2).contiguous(), None
 
@@ -255,7 +260,7 @@ def _sparse_attention(
     # on a CPU, gathering wins until it reads two (at 64k keys) to ten times (at 4k, blocks of 32) as much as there is
     if query_length == 1 or (layout is None and gathered <= 2 * key.shape[2]):
         return attention_decode(query, key, value, layout, scaling, settings, block_means)
-    return attention_blockwise(query, key, value, layout, scaling, settings)
+    return attention_blockwise(query, unpack(key, query.dtype), unpack(value, query.dtype), layout, scaling, settings)
 
 
 def explicit_mask(

@@ -23,6 +23,7 @@ from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_whisper_lm import SparseAttentionConfig
+from .packing import unpack
 from .sparse_selection import content_order, query_slots, top_recent
 
 
@@ -41,7 +42,8 @@ def attention_decode(
     step can be compiled.
 
     Args:
-        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype.
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype; keys and values may be
+            packed (see `packing.py`), and what is read is then unpacked.
         layout (`[B, 1, 1, S]`, int32, or `None`): must be `None` where `T > 1`.
         scaling (`float`): factor on the logits.
         settings (`SparseAttentionConfig`): block size and budget.
@@ -63,10 +65,10 @@ def attention_decode(
 
     dtype = torch.promote_types(query.dtype, torch.float32)
     with maybe_autocast(query.device.type, enabled=False):
-        logits = (grouped.to(dtype) * scaling) @ _gather(key, slots).to(dtype).transpose(3, 4)
+        logits = (grouped.to(dtype) * scaling) @ unpack(_gather(key, slots)).to(dtype).transpose(3, 4)
         logits = logits.masked_fill(~allowed[..., None, :], torch.finfo(dtype).min)
         weights = logits.softmax(-1) * allowed[..., None, :]
-        output = weights @ _gather(value, slots).to(dtype)
+        output = weights @ unpack(_gather(value, slots)).to(dtype)
     return output.transpose(2, 3).flatten(1, 2).to(query.dtype)
 
 
@@ -87,9 +89,10 @@ def _attend_last(
             blocks = torch.cat([top_recent(scores[:, :, 0], settings.topk_blocks) + first, blocks], dim=2)
         attended = blocks.shape[2] * size - -length % size
         gathered = (_gather_blocks(states, blocks, size)[:, :, :attended] for states in (key, value))
-        keys, values = (states.to(query.dtype) for states in gathered)  # under autocast, RoPE widens keys and queries
+        # under autocast, RoPE widens keys and queries
+        keys, values = (unpack(states, query.dtype).to(query.dtype) for states in gathered)
         output = scaled_dot_product_attention(packed, keys, values, scale=scaling)
-    return output.view(batch, -1, 1, value.shape[3])
+    return output.view(batch, -1, 1, output.shape[3])
 
 
 def _gather_blocks(states: Tensor, blocks: Tensor, size: int) -> Tensor:
@@ -112,7 +115,7 @@ def mean_blocks(key: Tensor, slot_of: Tensor | None, block_size: int) -> Tensor:
     complete = key.shape[2] // block_size
     if slot_of is not None:
         key = key.gather(2, slot_of[:, None, :, None].expand_as(key))
-    return key[:, :, : complete * block_size].float().unflatten(2, (complete, block_size)).mean(3)
+    return unpack(key[:, :, : complete * block_size]).float().unflatten(2, (complete, block_size)).mean(3)
 
 
 def _content(

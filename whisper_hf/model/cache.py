@@ -21,6 +21,7 @@ same attention, from means that are recomputed at every step.
 Legend: that of `sparse_selection.py`; also `C` tokens per block and `N` blocks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,13 @@ SPARE_RATIO = 8  # and for an eighth of its length
 
 
 def refresh_block_means(
-    means: Tensor, keys: Tensor, layout: Tensor | None, num_new: int, num_seen: int | Tensor, block_size: int
+    means: Tensor,
+    keys: Tensor,
+    layout: Tensor | None,
+    num_new: int,
+    num_seen: int | Tensor,
+    block_size: int,
+    read: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> None:
     """Recompute, in place, the means of the blocks that the newest tokens fall into; only complete ones are of use.
 
@@ -47,13 +54,14 @@ def refresh_block_means(
         num_new (`int`): number of new slots, the last ones written.
         num_seen (`int` or 0-dim tensor): number of slots written before them.
         block_size (`int`): `C`.
+        read (`Callable`): turns some keys into float32.
     """
     touched = (num_new - 1) // block_size + 2
     if layout is None and isinstance(num_seen, int):
         first = num_seen // block_size
         complete = keys[:, :, first * block_size : (num_seen + num_new) // block_size * block_size]
         if complete.shape[2]:
-            blocks = complete.float().unflatten(2, (-1, block_size)).mean(3)
+            blocks = read(complete).unflatten(2, (-1, block_size)).mean(3)
             means[:, :, first : first + blocks.shape[2]] = blocks
         return
     slot_of, seen = None, num_seen
@@ -68,7 +76,7 @@ def refresh_block_means(
     if slot_of is not None:
         slots = slot_of.gather(1, slots)
     index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-    blocks = keys.gather(2, index).float().unflatten(2, (touched, block_size)).mean(3)
+    blocks = read(keys.gather(2, index)).unflatten(2, (touched, block_size)).mean(3)
     means.scatter_(2, block[:, None, :, None].expand_as(blocks).clamp(max=means.shape[2] - 1), blocks)
 
 
@@ -135,13 +143,19 @@ class DynamicMaskedSparseLayer(DynamicLayer):
             return
         needed = length // block_size + 2
         if self.block_means is None or self.block_means.shape[2] < needed:
-            shape = (*self.keys.shape[:2], needed + needed // SPARE_RATIO, self.keys.shape[3])
+            shape = (*self.keys.shape[:2], needed + needed // SPARE_RATIO, self._read(self.keys[:, :, :0]).shape[3])
             grown = self.keys.new_zeros(shape, dtype=torch.float32)
             if self.block_means is not None:
                 grown[:, :, : self.block_means.shape[2]] = self.block_means
             self.block_means = grown
         with torch.no_grad():
-            refresh_block_means(self.block_means, self.keys.detach(), layout, length - seen, seen, block_size)
+            keys, new = self.keys.detach(), length - seen
+            refresh_block_means(self.block_means, keys, layout, new, seen, block_size, self._read)
+
+    @staticmethod
+    def _read(keys: Tensor) -> Tensor:
+        """Return keys as they are held, `[B, K, T, ...]`, in float32, `[B, K, T, D]`."""
+        return keys.float()
 
     def offload(self) -> None:
         """Move keys and values to the CPU."""

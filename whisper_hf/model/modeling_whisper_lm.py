@@ -44,6 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import MASKED_SPARSE, cache_kwargs, explicit_mask, layout_from_inputs, refuse_unsupported
 from .attention_reference import eager_attention_forward
 from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
+from .cache_quantized import QuantizedSparseCache
 from .configuration_whisper_lm import (
     FULL_ATTENTION,
     LAYER_TYPES,
@@ -52,8 +53,10 @@ from .configuration_whisper_lm import (
     WhisperLMConfig,
 )
 from .diversity import use_diversity
+from .packing import unpack
 
 ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
+INT8_CACHE = {"backend": "int8"}  # our own quantized cache, in terms of generate's `cache_config`
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -188,6 +191,7 @@ class WhisperLMAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation != MASKED_SPARSE:
             refuse_unsupported(self, 0.0, kwargs)
+            key, value = unpack(key, query.dtype), unpack(value, query.dtype)
             attention_mask = explicit_mask(query, key, attention_mask, sparse_attention)
         output, weights = attention_interface(
             self,
@@ -424,14 +428,20 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         """Prepare the layout outside the compiled forward, for static caches."""
         return layout_from_inputs(inputs_embeds, attention_mask, past_key_values, position_ids)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
-        # transformers' quantized cache only accepts full-attention layers; it holds plain keys and values, which is all
-        # that block selection needs
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if generation_config.cache_implementation == "quantized":
+            options = generation_config.cache_config or {}
+            if options == INT8_CACHE and model_kwargs.get("past_key_values") is None:
+                generation_config.cache_implementation = None
+                model_kwargs["past_key_values"] = QuantizedSparseCache(self.config)
+            # transformers' own only accepts full-attention layers; it holds plain keys and values, which is all that
+            # block selection needs
             config = copy.copy(self.config)
             config.layer_types = [FULL_ATTENTION] * config.num_hidden_layers
-            generation_config.cache_config = {"config": config, **(generation_config.cache_config or {})}
-        super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+            generation_config.cache_config = {"config": config, **options}
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
 class WhisperLMForSequenceClassification(GenericForSequenceClassification, WhisperLMPreTrainedModel):

@@ -1,0 +1,541 @@
+"""Weights of 8 or 4 bits through bitsandbytes: named recipes, a command that applies them, and adapters merged after.
+
+    python -m whisper_hf.quantization SOURCE TARGET --recipe nf4
+
+A recipe is a standard config object and nothing more: `from_pretrained(..., quantization_config=recipe("nf4"))` is all
+that is needed to use one, for any model. What stays in high precision is what transformers keeps: the output head (tied
+or not), embeddings and norms.
+
+Legend: `T` tokens, `V` tokens in the vocabulary.
+"""
+
+import argparse
+import copy
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging import LogRecord, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    __version__,
+)
+from transformers.utils import is_bitsandbytes_available, logging
+
+logger = logging.get_logger(__name__)
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+REPORT = "quantization.json"
+COMPARED_TOKENS = 512  # at most: enough to see a fault, little enough for logits of any vocabulary
+SAMPLE = (  # Jane Austen, Northanger Abbey
+    "No one who had ever seen Catherine Morland in her infancy would have supposed her born to be an heroine. Her "
+    "situation in life, the character of her father and mother, her own person and disposition, were all equally "
+    "against her. Her father was a clergyman, without being neglected, or poor, and a very respectable man, though his "
+    "name was Richard, and he had never been handsome. He had a considerable independence besides two good livings, "
+    "and he was not in the least addicted to locking up his daughters. Her mother was a woman of useful plain sense, "
+    "with a good temper, and, what is more remarkable, with a good constitution."
+)
+
+
+def recipe(name: str, compute_dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
+    """Return the standard config object of a recipe, to be used or changed like any other.
+
+    - `int8` is LLM.int8 (https://arxiv.org/abs/2208.07339): weights *and* activations of 8 bits, multiplied as integers.
+      A weight row and a token have a scale each; columns in which any token of the batch reaches 6 are multiplied in
+      float16, so rows of a batch are not quite independent. A CPU in training mode quantizes weights alone.
+    - `nf4` (https://arxiv.org/abs/2305.14314): weights alone, 4 bits on the quantiles of a normal distribution, with a
+      float32 scale for 64 of them, 4.5 bits in all; products are computed in `compute_dtype`.
+    - `nf4-double`: the same with scales of 8 bits, 4.13 bits in all.
+
+    Args:
+        name: a key of `RECIPES`.
+        compute_dtype: of the products of nf4, best the dtype of the model; bfloat16 if left out.
+
+    Raises:
+        ValueError: an unknown name, or a compute dtype where integers are multiplied.
+        ImportError: no bitsandbytes.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}")
+    if not is_bitsandbytes_available():
+        raise ImportError(f"the recipe {name!r} needs a recent bitsandbytes, found none; pip install -U bitsandbytes")
+    options = dict(RECIPES[name])
+    if "load_in_4bit" in options:
+        options["bnb_4bit_compute_dtype"] = compute_dtype or torch.bfloat16
+    elif compute_dtype is not None:
+        raise ValueError(f"{name!r} multiplies integers, got compute_dtype={compute_dtype}; leave it out")
+    return BitsAndBytesConfig(**options)
+
+
+def disable_cpu_repacking(model: Any) -> Any:
+    """Let 4-bit weights lie as they were loaded, in place.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50.2) rearranges them when they are first used without gradients, for a
+    kernel in bfloat16: faster for a few tokens, slower for many. Rearranged weights are saved wrongly, `dequantize()`
+    makes nonsense of them, and no gradient flows through them, all in silence. So call this after loading, if the model
+    is to be evaluated *and then* saved, dequantized or trained on such a CPU; elsewhere it changes nothing.
+
+    Args:
+        model (`PreTrainedModel`, or wrapped by peft): before it was used.
+
+    Returns:
+        the model.
+
+    Raises:
+        ValueError: weights that are rearranged already, which cannot be undone without loss.
+    """
+    _refuse_repacked(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _refuse_repacked(model: Any) -> None:
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    count = sum(getattr(state, "packing_format_for_cpu", False) for state in states)
+    if count:
+        raise ValueError(
+            f"expected 4-bit weights as they were loaded, got {count} that bitsandbytes rearranged for its CPU kernel when "
+            "the model was evaluated, with loss; load the model again and call disable_cpu_repacking(model) before use, or "
+            "merge the adapter from its saved folder"
+        )
+
+
+def quantize(
+    source: PreTrainedModel | str | os.PathLike,
+    target: str | os.PathLike,
+    recipe: str | BitsAndBytesConfig,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    text: str | None = SAMPLE,
+    max_shard_size: str | int = "50GB",
+    progress: Callable[[str], object] | None = None,
+    **hub_kwargs: Any,
+) -> dict[str, Any]:
+    """Write a quantized checkpoint with tokenizer, generation config and a report; all of it or nothing.
+
+    Args:
+        source: folder or Hub id of a causal language model of any family, or one in memory (of which there is a copy on
+            disk meanwhile).
+        target: the folder to write; it must not exist, or be empty.
+        recipe: a name of `RECIPES`, with products in the dtype of the model; or a config.
+        dtype: of what is not quantized; by default that of the source.
+        device: where to quantize, the GPU by default if there is one.
+        text: on whose first 512 tokens the quantized model is compared with the source, which is loaded for that;
+            `None` saves the time and memory.
+        max_shard_size: largest file of weights.
+        progress: called with a line before each step.
+        hub_kwargs: for loading, such as `revision` or `trust_remote_code`.
+
+    Returns:
+        what `quantization.json` in the target holds: recipe; bytes of the linear weights before and after, and ratios;
+        what was kept in high precision; bytes on disk; versions; and the comparison, a check against faults rather than
+        a measure of quality: mean KL divergence (nats per token), largest difference of logits, and how often the
+        likeliest token is the same (ratio in [0, 1]), or `null`.
+
+    Raises:
+        ValueError: an unknown recipe, a source that is quantized or has adapters, a target that holds something, a
+            device on which the recipe does not run, or a model without linear layers.
+        ImportError: no bitsandbytes.
+    """
+    say = progress or (lambda line: None)
+    config = _source_config(source, hub_kwargs)
+    quantization = _resolve(recipe, _dtype(config.dtype if dtype == "auto" else dtype))
+    device = _usable_device(quantization, device)
+    options = {"dtype": dtype, "device_map": {"": device}, **hub_kwargs}
+    with new_folder(target) as folder:
+        path = source
+        if isinstance(source, PreTrainedModel):
+            path = folder.parent / "source"
+            source.save_pretrained(path)
+        say(f"quantizing on {device}")
+        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, **options)
+        report = {
+            "source": type(source).__name__ if isinstance(source, PreTrainedModel) else str(source),
+            "recipe": recipe if isinstance(recipe, str) else "custom",
+            "quantization_config": quantization.to_diff_dict(),
+            "linear_weights": linear_weights(model),
+            "kept": kept(model),
+            "versions": {"transformers": __version__, "bitsandbytes": _version(), "torch": torch.__version__},
+        }
+        say("saving")
+        model.save_pretrained(folder, max_shard_size=max_shard_size)  # unused as yet: see disable_cpu_repacking
+        tokenizer = _save_tokenizer(path, folder, hub_kwargs)
+        report["bytes_on_disk"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        report["comparison"] = None
+        if text is not None and tokenizer is not None:
+            say("comparing with the source")
+            ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :COMPARED_TOKENS]
+            after = _logits(disable_cpu_repacking(model), ids)
+            del model
+            report["comparison"] = _compare(_logits(AutoModelForCausalLM.from_pretrained(path, **options), ids), after)
+        Path(folder, REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _source_config(source: Any, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a source that can be quantized, before anything large is loaded."""
+    if isinstance(source, PreTrainedModel):
+        if hub_kwargs:
+            raise ValueError(f"a model that is loaded already takes no {sorted(hub_kwargs)}; leave them out")
+        config, has_adapter = source.config, getattr(source, "_hf_peft_config_loaded", False)
+    elif isinstance(source, str | os.PathLike):
+        has_adapter = Path(source, "adapter_config.json").is_file()
+        config = None if has_adapter else AutoConfig.from_pretrained(source, **hub_kwargs)
+    else:
+        raise ValueError(f"the source must be a path, a Hub id or a PreTrainedModel, got {type(source).__name__}")
+    if config is None or has_adapter:
+        raise ValueError(f"the source {_name(source)} has an adapter; merge it first and quantize the result")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the source {_name(source)} is quantized already, got a quantization_config; quantize the full-precision "
+            "checkpoint it was made from"
+        )
+    return config
+
+
+def _name(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
+
+
+def _resolve(recipe_or_config: str | BitsAndBytesConfig, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    if isinstance(recipe_or_config, str):
+        is_integer = "load_in_8bit" in RECIPES.get(recipe_or_config, {})
+        return recipe(recipe_or_config, None if is_integer else dtype)
+    if not isinstance(recipe_or_config, BitsAndBytesConfig) or not recipe_or_config.is_quantizable():
+        raise ValueError(
+            f"the recipe must be one of {', '.join(RECIPES)} or a BitsAndBytesConfig of 4 or 8 bits, got "
+            f"{recipe_or_config!r}"
+        )
+    return recipe_or_config
+
+
+def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a floating dtype given by name (as configs have it) or as such."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be 'auto' or a floating dtype such as 'bfloat16', got {value!r}")
+    return dtype
+
+
+def _usable_device(config: BitsAndBytesConfig, device: torch.device | str | None) -> torch.device:
+    """Return the device, after a product with a small layer has shown that the recipe runs there."""
+    import bitsandbytes
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer: torch.nn.Module
+    if config.load_in_8bit:
+        layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=config.llm_int8_threshold)
+    else:
+        layer = bitsandbytes.nn.Linear4bit(
+            64,
+            64,
+            compute_dtype=config.bnb_4bit_compute_dtype,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+        )
+    try:
+        with torch.no_grad():
+            layer.to(device)(torch.ones(1, 64, dtype=torch.float16, device=device)).tolist()
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch has no single error for a missing device
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"the recipe does not run on the device {str(device)!r} here: {reason}; name another"
+        ) from error
+    return torch.device(device)
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Give a folder beside the target that becomes the target at the end, or vanishes if there was an error.
+
+    Raises:
+        ValueError: a target that holds something; nothing has been made yet.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"the target {str(target)!r} exists and is not an empty folder; name another one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        folder = Path(scratch, "checkpoint")
+        folder.mkdir()
+        yield folder
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+
+
+def _quantized_modules(model: Any) -> dict[str, Any]:
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def linear_weights(model: PreTrainedModel) -> dict[str, Any]:
+    """Count the weights in quantized layers, and their bytes before (float32, and the model's dtype) and after.
+
+    What comes with them to interpret them (scales, code books) counts, biases do not.
+
+    Raises:
+        ValueError: no quantized layer.
+    """
+    modules = _quantized_modules(model)
+    if not modules:
+        raise ValueError(f"bitsandbytes quantizes linear layers, got none in {type(model).__name__}")
+    weights = sum(module.in_features * module.out_features for module in modules.values())
+    tensors = [tensors for module in modules.values() for tensors in module.state_dict().items()]
+    after = sum(tensor.nbytes for name, tensor in tensors if name != "bias")
+    before = weights * model.dtype.itemsize
+    return {
+        "layers": len(modules),
+        "weights": weights,
+        "bytes_float32": 4 * weights,
+        f"bytes_{str(model.dtype).removeprefix('torch.')}": before,
+        "bytes": after,
+        "ratio_to_float32": after / (4 * weights),
+        "ratio_to_source_dtype": after / before,
+    }
+
+
+def kept(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Describe the parameters that are not quantized, `*` standing for layer numbers: how many, dtype, bytes.
+
+    A tied head counts no bytes of its own.
+    """
+    quantized = {f"{name}.weight" for name in _quantized_modules(model)}
+    described: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in quantized:
+            continue
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        entry = described.setdefault(
+            re.sub(r"(?<=\.)\d+(?=\.)", "*", name), {"parameters": 0, "dtype": dtype, "bytes": 0}
+        )
+        entry["parameters"] += parameter.numel()
+        entry["bytes"] += 0 if id(parameter) in seen else parameter.nbytes
+        seen.add(id(parameter))
+    return described
+
+
+def _version() -> str:
+    import bitsandbytes
+
+    return bitsandbytes.__version__
+
+
+def _save_tokenizer(source: Any, folder: Path, hub_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        logger.warning(f"{source} has no tokenizer that could be carried along, or compared with: {error}")
+        return None
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return logits `[T, V]`, float32, of `ids` `[1, T]`."""
+
+    def is_new(record: LogRecord) -> bool:  # of hundreds of calls, each says that int8 casts to float16
+        return "inputs will be cast" not in str(record.msg)
+
+    bitsandbytes_logger = getLogger("bitsandbytes.autograd._functions")
+    bitsandbytes_logger.addFilter(is_new)
+    try:
+        return model.eval()(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu()
+    finally:
+        bitsandbytes_logger.removeFilter(is_new)
+
+
+def _compare(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """Compare logits `[T, V]`, float32, before and after quantization."""
+    log_before, log_after = before.log_softmax(-1), after.log_softmax(-1)
+    return {
+        "tokens": len(before),
+        "kl_nats_per_token": (log_before.exp() * (log_before - log_after)).sum(-1).mean().item(),
+        "max_abs_logit_difference": (before - after).abs().max().item(),
+        "same_likeliest_token": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+    }
+
+
+def merge_adapter(
+    adapter: Any,
+    target: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    recipe: str | BitsAndBytesConfig | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    max_shard_size: str | int = "50GB",
+    **hub_kwargs: Any,
+) -> None:
+    """Merge an adapter that was trained on a quantized base into the dequantized base, and write the dense checkpoint.
+
+    Merging in place would round the sum to the base's few bits again and lose much of what was learnt. The weights to
+    which the adapter was fitted are the dequantized ones, not those before quantization.
+
+    Args:
+        adapter: folder or Hub id of an adapter of peft; or a `PeftModel` with one active adapter, which stays as it is.
+        target: the folder to write; it must not exist, or be empty. Gets the tokenizer of the adapter's folder, or else
+            of the base; of a `PeftModel` none.
+        base: folder or Hub id of the base; by default the one that the adapter names.
+        recipe: in which the base was loaded for training, where its checkpoint is in full precision.
+        dtype: of the result; by default that of the base outside its quantized layers.
+        device: where to merge, in memory for the whole dense model.
+        max_shard_size: largest file of weights.
+        hub_kwargs: for loading the base, such as `revision` or `trust_remote_code`.
+
+    Raises:
+        ValueError: a target that holds something, a base that is not quantized (or a recipe for one that is), more than
+            one active adapter, one that cannot be merged or that changes tied embeddings, or 4-bit weights that
+            bitsandbytes has rearranged (see [`disable_cpu_repacking`]).
+    """
+    from peft import PeftModel
+
+    is_live = isinstance(adapter, PeftModel)
+    if is_live:
+        if base is not None or recipe is not None or hub_kwargs:
+            raise ValueError("a PeftModel has its base already; leave out base, recipe and options for loading")
+        _refuse_unmergeable(adapter)
+        base_options: dict[str, Any] = {}
+    else:
+        base, base_options = _base_options(adapter, base, recipe, torch.device(device), hub_kwargs)
+    dtype = _dtype(dtype)
+    with new_folder(target) as folder:
+        path = adapter
+        if is_live:
+            (name,) = adapter.active_adapters
+            saved = folder.parent / "adapter"
+            adapter.save_pretrained(saved, selected_adapters=[name])
+            path = saved if name == "default" else saved / name
+            model = copy.deepcopy(adapter).unload()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(base, **base_options)
+        dense = _dequantized(model, dtype or _dtype(model.config.dtype) or model.dtype)
+        adapted = PeftModel.from_pretrained(dense, path)
+        _refuse_tied(adapted)
+        adapted.merge_and_unload(safe_merge=True).save_pretrained(folder, max_shard_size=max_shard_size)
+        if not is_live and _save_tokenizer(adapter, folder, {}) is None:
+            _save_tokenizer(base, folder, hub_kwargs)
+
+
+def _refuse_unmergeable(adapter: Any) -> None:
+    """Refuse a live model that cannot be merged, before it is copied."""
+    _refuse_repacked(adapter)
+    if len(adapter.active_adapters) != 1:
+        raise ValueError(f"expected one active adapter, got {adapter.active_adapters}; see set_adapter")
+    if adapter.active_peft_config.is_prompt_learning:
+        raise ValueError(f"an adapter of prompts cannot be merged, got {adapter.active_peft_config.peft_type}")
+    if not getattr(adapter.get_base_model(), "is_quantized", False):
+        raise ValueError("the base is not quantized; use peft's own merge_and_unload, which is exact there")
+
+
+def _base_options(
+    adapter: Any, base: Any, recipe: str | BitsAndBytesConfig | None, device: torch.device, hub_kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the base of a saved adapter and how to load it."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise ValueError(f"an adapter of prompts cannot be merged, got {config.peft_type}")
+    base = base or config.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"the adapter {str(adapter)!r} does not name its base; pass base")
+    options = {"dtype": "auto", "device_map": {"": device}, **hub_kwargs}
+    if getattr(AutoConfig.from_pretrained(base, **hub_kwargs), "quantization_config", None) is not None:
+        if recipe is not None:
+            raise ValueError(f"the base {str(base)!r} is quantized already, got recipe={recipe!r}; leave it out")
+        return base, options
+    if recipe is None:
+        raise ValueError(
+            f"the base {str(base)!r} is not quantized; pass the recipe in which it was loaded for training, one of "
+            f"{', '.join(RECIPES)}, or, if it was trained in full precision, use peft's own merge_and_unload"
+        )
+    return base, {**options, "quantization_config": _resolve(recipe, None)}
+
+
+def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Dequantize a model, and bring back to its dtype what `prepare_model_for_kbit_training` may have raised."""
+    model = model.dequantize(dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _refuse_tied(adapted: Any) -> None:
+    """Refuse an adapter on one of two layers that share a matrix: merged, it would change the other too."""
+    keys = adapted.get_base_model().all_tied_weights_keys
+    tied = {name.removesuffix(".weight") for pair in keys.items() for name in pair}
+    touched = sorted(tied & set(adapted.base_model.targeted_module_names))
+    if touched:
+        raise ValueError(
+            f"the adapter changes {', '.join(touched)}, which shares its matrix with another layer ({', '.join(sorted(tied))}) "
+            "and cannot be merged alone; untie the base, or train without"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m whisper_hf.quantization", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("source", help="folder or Hub id of a causal language model")
+    add("target", help="folder to write; must not exist, or be empty")
+    add("--recipe", required=True, help=", ".join(RECIPES))
+    add("--dtype", default="auto", help="of what is not quantized (default: %(default)s)")
+    add("--device", help="where to quantize (default: the GPU, if there is one)")
+    add(
+        "--text", type=Path, help="file on whose beginning to compare with the source (default: a paragraph of a novel)"
+    )
+    add("--no-comparison", action="store_true", help="do not load the source to compare")
+    add("--max-shard-size", default="50GB", help="largest file of weights (default: %(default)s)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the source")
+    options = parser.parse_args(arguments)
+    hub_kwargs = {"trust_remote_code": True} if options.trust_remote_code else {}
+    try:
+        text = options.text.read_text(encoding="utf-8") if options.text else SAMPLE
+        report = quantize(
+            options.source,
+            options.target,
+            options.recipe,
+            dtype=options.dtype,
+            device=options.device,
+            text=None if options.no_comparison else text,
+            max_shard_size=options.max_shard_size,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+            **hub_kwargs,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    ratio = report["linear_weights"]["ratio_to_float32"]
+    print(f"quantized {options.source} to {options.target}: linear weights take {ratio:.3f} of float32; see {REPORT}")
+
+
+if __name__ == "__main__":
+    main()
