@@ -252,6 +252,17 @@ def test_gradients_are_scaled_as_the_optimizer_expects() -> None:
     torch.testing.assert_close(found[1], 64 * found[0])
 
 
+def test_gradients_are_those_of_a_forward_pass_in_mixed_precision() -> None:
+    """Autocast keeps copies of weights, and those made while writing have no gradient."""
+    model, batch = looping_model(), rows(4)
+    callback = SequenceUnlikelihoodCallback(**SETTINGS)
+    begin(callback, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        callback.join(model.train(), {"input_ids": batch, "labels": batch})
+    assert callback.alpha > 0
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
 def begin(callback: SequenceUnlikelihoodCallback, model: nn.Module, optimizer: object = None, **changed) -> None:
     """Begin training and its first step by hand."""
     defaults = {"deepspeed": None, "n_gpu": 0, "fsdp": None, "seed": 0, "process_index": 0}

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .model.attention import masked_sparse_attention_forward
+from .model.cache_quantized import QuantizedSparseCache
 from .model.configuration_whisper_lm import DiversityConfig, SparseAttentionConfig, WhisperLMConfig
 from .model.diversity import use_diversity
 from .model.modeling_whisper_lm import (
@@ -80,6 +81,7 @@ __all__ = [
     "DistillationTrainer",
     "DiversityCallback",
     "DiversityConfig",
+    "QuantizedSparseCache",
     "SequenceUnlikelihoodCallback",
     "SparseAttentionConfig",
     "WhisperLMConfig",

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    __version__,
 )
 from transformers.utils import is_bitsandbytes_available, logging
 
@@ -58,9 +58,10 @@ SAMPLE = (  # Jane Austen, Northanger Abbey
 def recipe(name: str, compute_dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
     """Return the standard config object of a recipe, to be used or changed like any other.
 
-    - `int8` is LLM.int8 (https://arxiv.org/abs/2208.07339): weights *and* activations of 8 bits, multiplied as integers.
-      A weight row and a token have a scale each; columns in which any token of the batch reaches 6 are multiplied in
-      float16, so rows of a batch are not quite independent. A CPU in training mode quantizes weights alone.
+    - `int8` is LLM.int8 (https://arxiv.org/abs/2208.07339): weights *and* activations of 8 bits, multiplied as
+      integers. A weight row and a token have a scale each; columns in which any token of the batch reaches 6 are
+      multiplied in float16, so rows of a batch are not quite independent. On a CPU in training mode bitsandbytes
+      quantizes weights alone.
     - `nf4` (https://arxiv.org/abs/2305.14314): weights alone, 4 bits on the quantiles of a normal distribution, with a
       float32 scale for 64 of them, 4.5 bits in all; products are computed in `compute_dtype`.
     - `nf4-double`: the same with scales of 8 bits, 4.13 bits in all.
@@ -111,17 +112,17 @@ def disable_cpu_repacking(model: Any) -> Any:
 
 def _refuse_repacked(model: Any) -> None:
     states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
-    count = sum(getattr(state, "packing_format_for_cpu", False) for state in states)
+    count = sum(hasattr(state, "original_dtype") for state in states)  # remembered from the first time on
     if count:
         raise ValueError(
-            f"expected 4-bit weights as they were loaded, got {count} that bitsandbytes rearranged for its CPU kernel when "
-            "the model was evaluated, with loss; load the model again and call disable_cpu_repacking(model) before use, or "
-            "merge the adapter from its saved folder"
+            f"expected 4-bit weights as they were loaded, got {count} that bitsandbytes rearranged, with loss, when "
+            "the model was evaluated; load it again and call disable_cpu_repacking(model) before use, or merge the "
+            "adapter from its saved folder"
         )
 
 
 def quantize(
-    source: PreTrainedModel | str | os.PathLike,
+    source: str | os.PathLike,
     target: str | os.PathLike,
     recipe: str | BitsAndBytesConfig,
     *,
@@ -135,8 +136,7 @@ def quantize(
     """Write a quantized checkpoint with tokenizer, generation config and a report; all of it or nothing.
 
     Args:
-        source: folder or Hub id of a causal language model of any family, or one in memory (of which there is a copy on
-            disk meanwhile).
+        source: folder or Hub id of a causal language model of any family.
         target: the folder to write; it must not exist, or be empty.
         recipe: a name of `RECIPES`, with products in the dtype of the model; or a config.
         dtype: of what is not quantized; by default that of the source.
@@ -149,13 +149,14 @@ def quantize(
 
     Returns:
         what `quantization.json` in the target holds: recipe; bytes of the linear weights before and after, and ratios;
-        what was kept in high precision; bytes on disk; versions; and the comparison, a check against faults rather than
-        a measure of quality: mean KL divergence (nats per token), largest difference of logits, and how often the
-        likeliest token is the same (ratio in [0, 1]), or `null`.
+        what was kept in high precision; bytes on disk; versions; and the comparison (`null` without text or tokenizer),
+        which is a check against faults rather than a measure of quality: mean KL divergence (nats per token), largest
+        difference of logits, and how often the likeliest token is the same (ratio in [0, 1]).
 
     Raises:
-        ValueError: an unknown recipe, a source that is quantized or has adapters, a target that holds something, a
-            device on which the recipe does not run, or a model without linear layers.
+        ValueError: an unknown recipe, a source that is quantized, has an adapter or lies in memory, a target that holds
+            something, a device on which the recipe does not run, a text without tokenizer, or a model without linear
+            layers.
         ImportError: no bitsandbytes.
     """
     say = progress or (lambda line: None)
@@ -164,23 +165,20 @@ def quantize(
     device = _usable_device(quantization, device)
     options = {"dtype": dtype, "device_map": {"": device}, **hub_kwargs}
     with new_folder(target) as folder:
-        path = source
-        if isinstance(source, PreTrainedModel):
-            path = folder.parent / "source"
-            source.save_pretrained(path)
+        tokenizer = _save_tokenizer(source, folder, hub_kwargs)
+        if tokenizer is None and text not in (None, SAMPLE):
+            raise ValueError(f"a text to compare on needs a tokenizer, got none with {str(source)!r}; leave it out")
         say(f"quantizing on {device}")
-        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, **options)
-        report = {
-            "source": type(source).__name__ if isinstance(source, PreTrainedModel) else str(source),
+        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=quantization, **options)
+        report: dict[str, Any] = {
+            "source": str(source),
             "recipe": recipe if isinstance(recipe, str) else "custom",
-            "quantization_config": quantization.to_diff_dict(),
+            "quantization_config": {k: v for k, v in quantization.to_diff_dict().items() if not k.startswith("_")},
             "linear_weights": linear_weights(model),
             "kept": kept(model),
-            "versions": {"transformers": __version__, "bitsandbytes": _version(), "torch": torch.__version__},
         }
         say("saving")
-        model.save_pretrained(folder, max_shard_size=max_shard_size)  # unused as yet: see disable_cpu_repacking
-        tokenizer = _save_tokenizer(path, folder, hub_kwargs)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)  # before it is used: see disable_cpu_repacking
         report["bytes_on_disk"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report["comparison"] = None
         if text is not None and tokenizer is not None:
@@ -188,34 +186,29 @@ def quantize(
             ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :COMPARED_TOKENS]
             after = _logits(disable_cpu_repacking(model), ids)
             del model
-            report["comparison"] = _compare(_logits(AutoModelForCausalLM.from_pretrained(path, **options), ids), after)
+            before = _logits(AutoModelForCausalLM.from_pretrained(source, **options), ids)
+            report["comparison"] = _compare(before, after)
+        report["versions"] = {name: version(name) for name in ("transformers", "bitsandbytes", "torch")}
         Path(folder, REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
 def _source_config(source: Any, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
     """Return the config of a source that can be quantized, before anything large is loaded."""
-    if isinstance(source, PreTrainedModel):
-        if hub_kwargs:
-            raise ValueError(f"a model that is loaded already takes no {sorted(hub_kwargs)}; leave them out")
-        config, has_adapter = source.config, getattr(source, "_hf_peft_config_loaded", False)
-    elif isinstance(source, str | os.PathLike):
-        has_adapter = Path(source, "adapter_config.json").is_file()
-        config = None if has_adapter else AutoConfig.from_pretrained(source, **hub_kwargs)
-    else:
-        raise ValueError(f"the source must be a path, a Hub id or a PreTrainedModel, got {type(source).__name__}")
-    if config is None or has_adapter:
-        raise ValueError(f"the source {_name(source)} has an adapter; merge it first and quantize the result")
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"the source must be a folder or a Hub id, got a {type(source).__name__}; weights are quantized while they "
+            "are loaded, so save_pretrained a full-precision model first, with its tokenizer"
+        )
+    if Path(source, "adapter_config.json").is_file():
+        raise ValueError(f"the source {str(source)!r} has an adapter; merge it first and quantize the result")
+    config = AutoConfig.from_pretrained(source, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"the source {_name(source)} is quantized already, got a quantization_config; quantize the full-precision "
-            "checkpoint it was made from"
+            f"the source {str(source)!r} is quantized already, got a quantization_config; quantize the full-precision "
+            "checkpoint that it was made from"
         )
     return config
-
-
-def _name(source: Any) -> str:
-    return repr(str(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
 
 
 def _resolve(recipe_or_config: str | BitsAndBytesConfig, dtype: torch.dtype | None) -> BitsAndBytesConfig:
@@ -294,28 +287,34 @@ def _quantized_modules(model: Any) -> dict[str, Any]:
 
 
 def linear_weights(model: PreTrainedModel) -> dict[str, Any]:
-    """Count the weights in quantized layers, and their bytes before (float32, and the model's dtype) and after.
+    """Count the weights in quantized layers, and their bytes in the dtype of the rest of the model and as they are now.
 
     What comes with them to interpret them (scales, code books) counts, biases do not.
 
     Raises:
-        ValueError: no quantized layer.
+        ValueError: no quantized layer, or one that is not quantized after all since it shares its weights.
     """
     modules = _quantized_modules(model)
     if not modules:
         raise ValueError(f"bitsandbytes quantizes linear layers, got none in {type(model).__name__}")
+    shared = [name for name, module in modules.items() if module.weight.is_floating_point()]
+    if shared:
+        raise ValueError(
+            f"the layers {shared} share their weights with embeddings and cannot be quantized; name them in "
+            "llm_int8_skip_modules, which takes the place of the default list"
+        )
     weights = sum(module.in_features * module.out_features for module in modules.values())
-    tensors = [tensors for module in modules.values() for tensors in module.state_dict().items()]
-    after = sum(tensor.nbytes for name, tensor in tensors if name != "bias")
+    tensors = [entry for module in modules.values() for entry in module.state_dict().items()]
     before = weights * model.dtype.itemsize
+    after = sum(tensor.nbytes for name, tensor in tensors if name != "bias")
     return {
         "layers": len(modules),
         "weights": weights,
-        "bytes_float32": 4 * weights,
-        f"bytes_{str(model.dtype).removeprefix('torch.')}": before,
-        "bytes": after,
+        "dtype_before": _dtype_name(model.dtype),
+        "bytes_before": before,
+        "bytes_after": after,
+        "ratio": after / before,
         "ratio_to_float32": after / (4 * weights),
-        "ratio_to_source_dtype": after / before,
     }
 
 
@@ -328,27 +327,26 @@ def kept(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     described: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in quantized:
-            continue
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        entry = described.setdefault(
-            re.sub(r"(?<=\.)\d+(?=\.)", "*", name), {"parameters": 0, "dtype": dtype, "bytes": 0}
-        )
-        entry["parameters"] += parameter.numel()
-        entry["bytes"] += 0 if id(parameter) in seen else parameter.nbytes
-        seen.add(id(parameter))
+        if name not in quantized:
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            new = {"parameters": 0, "dtype": _dtype_name(parameter.dtype), "bytes": 0}
+            entry = described.setdefault(pattern, new)
+            entry["parameters"] += parameter.numel()
+            entry["bytes"] += 0 if id(parameter) in seen else parameter.nbytes
+            seen.add(id(parameter))
     return described
 
 
-def _version() -> str:
-    import bitsandbytes
-
-    return bitsandbytes.__version__
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _save_tokenizer(source: Any, folder: Path, hub_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """Save the tokenizer of a source in a folder, and return it; or say that there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+        if len(tokenizer) == len(tokenizer.all_special_ids):  # what some families get where there is no file
+            raise ValueError("it has no vocabulary")
     except (OSError, ValueError) as error:
         logger.warning(f"{source} has no tokenizer that could be carried along, or compared with: {error}")
         return None
@@ -402,10 +400,10 @@ def merge_adapter(
         adapter: folder or Hub id of an adapter of peft; or a `PeftModel` with one active adapter, which stays as it is.
         target: the folder to write; it must not exist, or be empty. Gets the tokenizer of the adapter's folder, or else
             of the base; of a `PeftModel` none.
-        base: folder or Hub id of the base; by default the one that the adapter names.
+        base: folder or Hub id of the base; by default the one that the adapter names, in the revision it names.
         recipe: in which the base was loaded for training, where its checkpoint is in full precision.
         dtype: of the result; by default that of the base outside its quantized layers.
-        device: where to merge, in memory for the whole dense model.
+        device: where to load a base and merge, in memory for the whole dense model; a `PeftModel` stays where it is.
         max_shard_size: largest file of weights.
         hub_kwargs: for loading the base, such as `revision` or `trust_remote_code`.
 
@@ -421,9 +419,10 @@ def merge_adapter(
         if base is not None or recipe is not None or hub_kwargs:
             raise ValueError("a PeftModel has its base already; leave out base, recipe and options for loading")
         _refuse_unmergeable(adapter)
-        base_options: dict[str, Any] = {}
+        quantization: dict[str, Any] = {}
     else:
-        base, base_options = _base_options(adapter, base, recipe, torch.device(device), hub_kwargs)
+        base, hub_kwargs = _base_of(adapter, base, hub_kwargs)
+        quantization = _missing_quantization(base, recipe, hub_kwargs)
     dtype = _dtype(dtype)
     with new_folder(target) as folder:
         path = adapter
@@ -434,13 +433,15 @@ def merge_adapter(
             path = saved if name == "default" else saved / name
             model = copy.deepcopy(adapter).unload()
         else:
-            model = AutoModelForCausalLM.from_pretrained(base, **base_options)
+            options = {"dtype": "auto", "device_map": {"": device}, **quantization, **hub_kwargs}
+            model = AutoModelForCausalLM.from_pretrained(base, **options)
         dense = _dequantized(model, dtype or _dtype(model.config.dtype) or model.dtype)
         adapted = PeftModel.from_pretrained(dense, path)
         _refuse_tied(adapted)
         adapted.merge_and_unload(safe_merge=True).save_pretrained(folder, max_shard_size=max_shard_size)
-        if not is_live and _save_tokenizer(adapter, folder, {}) is None:
-            _save_tokenizer(base, folder, hub_kwargs)
+        if not is_live:
+            has_one = Path(adapter, "tokenizer_config.json").is_file()
+            _save_tokenizer(adapter if has_one else base, folder, hub_kwargs)
 
 
 def _refuse_unmergeable(adapter: Any) -> None:
@@ -454,34 +455,47 @@ def _refuse_unmergeable(adapter: Any) -> None:
         raise ValueError("the base is not quantized; use peft's own merge_and_unload, which is exact there")
 
 
-def _base_options(
-    adapter: Any, base: Any, recipe: str | BitsAndBytesConfig | None, device: torch.device, hub_kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Return the base of a saved adapter and how to load it."""
+def _base_of(adapter: Any, base: Any, hub_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the base of a saved adapter, and the options for finding it."""
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
         raise ValueError(f"an adapter of prompts cannot be merged, got {config.peft_type}")
-    base = base or config.base_model_name_or_path
-    if base is None:
-        raise ValueError(f"the adapter {str(adapter)!r} does not name its base; pass base")
-    options = {"dtype": "auto", "device_map": {"": device}, **hub_kwargs}
+    if base is not None:
+        return base, hub_kwargs
+    if config.base_model_name_or_path is None:
+        raise ValueError(f"the adapter {str(adapter)!r} does not name its base, got None; pass base")
+    revision = {"revision": config.revision} if config.revision else {}
+    return config.base_model_name_or_path, {**revision, **hub_kwargs}
+
+
+def _missing_quantization(
+    base: Any, recipe: str | BitsAndBytesConfig | None, hub_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return how a base must be quantized when it is loaded, if its checkpoint is not."""
     if getattr(AutoConfig.from_pretrained(base, **hub_kwargs), "quantization_config", None) is not None:
         if recipe is not None:
             raise ValueError(f"the base {str(base)!r} is quantized already, got recipe={recipe!r}; leave it out")
-        return base, options
+        return {}
     if recipe is None:
         raise ValueError(
             f"the base {str(base)!r} is not quantized; pass the recipe in which it was loaded for training, one of "
             f"{', '.join(RECIPES)}, or, if it was trained in full precision, use peft's own merge_and_unload"
         )
-    return base, {**options, "quantization_config": _resolve(recipe, None)}
+    return {"quantization_config": _resolve(recipe, None)}
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Dequantize a model, and bring back to its dtype what `prepare_model_for_kbit_training` may have raised."""
     model = model.dequantize(dtype=dtype)
+    conversions = getattr(model, "_weight_conversions", None) or []
+    # transformers 5.23 keeps how it read the quantized weights, and would fail to undo that when saving
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+    ]
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -494,8 +508,8 @@ def _refuse_tied(adapted: Any) -> None:
     touched = sorted(tied & set(adapted.base_model.targeted_module_names))
     if touched:
         raise ValueError(
-            f"the adapter changes {', '.join(touched)}, which shares its matrix with another layer ({', '.join(sorted(tied))}) "
-            "and cannot be merged alone; untie the base, or train without"
+            f"the layers {sorted(tied)} share a matrix, got an adapter on {touched}: merged, it would change them all; "
+            "train it on a base with tie_word_embeddings=False, or leave these layers out"
         )
 
 

@@ -92,14 +92,9 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         """Join the training, and go on where a checkpoint left off."""
         model = kwargs["model"]
         if args.deepspeed or args.n_gpu > 1 or isinstance(model, FullyShardedDataParallel):
-            way = (
-                "DeepSpeed"
-                if args.deepspeed
-                else f"{args.n_gpu} devices of one process"
-                if args.n_gpu > 1
-                else "FSDP 1"
-            )
-            raise ValueError(f"{type(self).__name__} needs one device, DDP or FSDP version 2, got {way}")
+            several = f"{args.n_gpu} devices of one process" if args.n_gpu > 1 else "FSDP version 1"
+            got = "DeepSpeed" if args.deepspeed else several
+            raise ValueError(f"{type(self).__name__} needs one device, DDP or FSDP version 2, got {got}")
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[0] if isinstance(saved, list) else saved
         for name, value in (saved or {}).get("attributes", {}).items():  # the Trainer restores only on demand
@@ -153,7 +148,8 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         logits = model(own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits[:, :-1]
         targets = own["labels"][:, 1:]
         repeated = repeated_ngrams(targets, n=self.ngram).sum()
-        penalty = self.alpha * sequence_unlikelihood(logits, targets, n=self.ngram).sum() / repeated.clamp(min=1)
+        alpha = self.alpha if true.shape[1] else 0.0
+        penalty = alpha * sequence_unlikelihood(logits, targets, n=self.ngram).sum() / repeated.clamp(min=1)
         (penalty if self._scaler is None else self._scaler.scale(penalty)).backward()
 
     def _choose(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

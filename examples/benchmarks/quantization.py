@@ -1,0 +1,271 @@
+"""What each way of quantizing SmolLM2-135M-Instruct saves, and what it costs: quality, loops, bytes and time.
+
+    python examples/benchmarks/quantization.py                          # everything: about forty minutes on two cores
+    python examples/benchmarks/quantization.py --only int8 nf4-double --tokens 1024
+
+The model is a WhisperLM with a budget of 416 tokens, on one CPU thread. Ways to quantize are the recipes of
+`whisper_hf.quantization`; `cache` adds keys and values in 8 bits; `recovered` has a LoRA adapter that learnt on the
+quantized weights, for `--steps` steps, what the float32 model predicts for another novel. Measured are
+
+- bytes of the checkpoint on disk, of the linear layers, and of keys and values (both in memory),
+- perplexity of a novel, read in chunks of 256 tokens from the cache, and the mean KL divergence from float32, in nats,
+- the repetition (seq-rep-4) of 16 greedy continuations of 96 tokens,
+- time of float32 over its time, in turns: a prompt of 1,024 tokens, and each token written after it (above 1: faster).
+
+Results of ways that are not named by `--only` are kept from earlier runs with the same settings.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from matplotlib.figure import Figure
+from measuring import Run, alternate
+from peft import LoraConfig, PeftModel, get_peft_model
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PrinterCallback, set_seed
+from transformers import PreTrainedModel as Model
+from transformers import default_data_collator as collate
+from transformers.utils import logging
+
+from whisper_hf import DistillationConfig, DistillationTrainer, QuantizedSparseCache, from_dense
+from whisper_hf.metrics import sequence_repetition
+from whisper_hf.quantization import disable_cpu_repacking, recipe
+from whisper_hf.writing import continue_prompts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from smollm2 import smollm2_checkpoint
+
+BOOKS = Path(__file__).resolve().parents[1] / "data"
+SPARSE = {"block_size": 32, "topk_blocks": 8, "local_blocks": 4, "sink_blocks": 1}
+CHUNK, PROMPT, NEW = 256, 1024, 16  # tokens
+WRITTEN, PREFIX, LENGTH = 16, 64, 96
+ROW, RATE = 384, 3e-4  # recovery: tokens of a row, learning rate
+
+
+@dataclass(frozen=True)
+class Way:
+    """How weights are held, whether the cache has 8 bits, and whether an adapter has learnt to make up for it."""
+
+    recipe: str | None = None
+    dtype: torch.dtype = torch.float32
+    cache: bool = False
+    recovered: bool = False
+
+    def new_cache(self, model: Model) -> Any:
+        """Return an empty cache."""
+        return QuantizedSparseCache(model.config) if self.cache else DynamicCache(config=model.config)
+
+
+WAYS = {
+    "float32": Way(),
+    "bfloat16": Way(dtype=torch.bfloat16),
+    "float32, cache": Way(cache=True),
+    "int8": Way("int8"),
+    "nf4": Way("nf4"),
+    "nf4-double": Way("nf4-double"),
+    "nf4-double, cache": Way("nf4-double", cache=True),
+    "nf4-double, recovered": Way("nf4-double", recovered=True),
+    "nf4-double, recovered, cache": Way("nf4-double", recovered=True, cache=True),
+}
+
+
+def load(source: Path, way: Way) -> Model:
+    """Return the model, without its adapter."""
+    if way.recipe is None:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=way.dtype).eval()
+    computed = {} if way.recipe == "int8" else {"compute_dtype": torch.float32}
+    config = recipe(way.recipe, **computed)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=way.dtype, quantization_config=config).eval()
+
+
+def read_book(source: Path, name: str) -> Tensor:
+    """Return the token ids of a novel, `[tokens]` int64; the file has one paragraph a line."""
+    lines = (BOOKS / f"{name}.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    tokenized = AutoTokenizer.from_pretrained(source)(lines, add_special_tokens=False).input_ids
+    return torch.tensor([token for ids in tokenized for token in ids])
+
+
+def bytes_on_disk(model: Model) -> int:
+    """Return the size of the weights of a saved checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def linear_bytes(model: Model) -> int:
+    """Return the bytes of the layers between embedding and head, with all that is needed to use them."""
+    layers = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
+
+
+@torch.no_grad()
+def measure_quality(model: Model, reference: Model, way: Way, ids: Tensor) -> dict[str, float]:
+    """Return perplexity and divergence on `ids`, `[T]`, and the bytes of keys and values."""
+    own, exact = way.new_cache(model), DynamicCache(config=reference.config)
+    losses, divergences = [], []
+    for part, targets in zip(ids[:-1].split(CHUNK), ids[1:].split(CHUNK), strict=True):
+        logits = model(part[None], past_key_values=own).logits[0].float()
+        wanted = reference(part[None], past_key_values=exact).logits[0].log_softmax(-1)
+        losses.append(cross_entropy(logits, targets, reduction="sum"))
+        divergences.append(kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="sum"))
+    count = len(ids) - 1
+    held = sum(states.nbytes for layer in own.layers for states in (layer.keys, layer.values, layer.block_means))
+    loss = torch.stack(losses).sum().item() / count
+    return {
+        "perplexity": math.exp(loss),
+        "divergence": torch.stack(divergences).sum().item() / count,
+        "cache_bytes": held / count,
+    }
+
+
+def repetition(model: Any, way: Way, ids: Tensor) -> float:
+    """Return the seq-rep-4 of greedy continuations."""
+    prompts = ids[torch.arange(WRITTEN)[:, None] * (len(ids) // WRITTEN) + torch.arange(PREFIX)]
+    settings = {"pad_token_id": 0, "eos_token_id": None}
+    if way.cache:
+        settings |= {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}}
+    written = continue_prompts(model, prompts, torch.ones_like(prompts), LENGTH, **settings)
+    return sequence_repetition(written["input_ids"][:, PREFIX:], 4)
+
+
+def prefill(model: Model, way: Way, ids: Tensor) -> Run:
+    """Return the run that reads a prompt."""
+    return torch.no_grad()(lambda: model(ids[None, :PROMPT], past_key_values=way.new_cache(model), logits_to_keep=1))
+
+
+def decode(model: Model, way: Way, ids: Tensor) -> Run:
+    """Return the run that reads tokens one by one after a prompt, which it does not read again."""
+    cache = way.new_cache(model)
+    with torch.no_grad():
+        model(ids[None, :PROMPT], past_key_values=cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def run() -> None:
+        for token in ids[PROMPT : PROMPT + NEW]:
+            model(token.view(1, 1), past_key_values=cache)
+        cache.crop(-NEW)
+
+    return run
+
+
+def measure_speed(model: Model, reference: Model, way: Way, ids: Tensor) -> dict[str, float]:
+    """Return time of float32 over time, measured in turns."""
+    speeds = {}
+    for name, what in (("prefill", prefill), ("decode", decode)):
+        seconds = alternate({"own": what(model, way, ids), "float32": what(reference, Way(), ids)}, seconds=20)
+        speeds[name] = seconds["float32"] / seconds["own"]
+    return speeds
+
+
+def recover(model: Model, teacher: Model, ids: Tensor, steps: int, folder: Path) -> PeftModel:
+    """Train an adapter on quantized weights to predict what the teacher does, or load the one that was trained."""
+    disable_cpu_repacking(model)
+    adapter = folder / f"adapter-{steps}"
+    if adapter.exists():
+        return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    rows = ids[: len(ids) // ROW * ROW].view(-1, ROW).tolist()
+    data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
+    schedule = {"max_steps": steps, "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": steps // 10}
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    device = {"use_cpu": True, "dataloader_pin_memory": False, "bf16": False, "per_device_train_batch_size": 2}
+    args = DistillationConfig(str(folder), **schedule, **quiet, **device)
+    set_seed(0)
+    student = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=data, data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    student.save_pretrained(adapter)
+    return student.eval()
+
+
+def run(name: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one way to quantize."""
+    way, reference = WAYS[name], load(source, Way())
+    book = read_book(source, "northanger_abbey")
+    model = load(source, way)
+    sizes = {"disk_bytes": bytes_on_disk(model), "linear_bytes": linear_bytes(model)}
+    if way.recovered:
+        model = recover(model, reference, read_book(source, "sense_and_sensibility"), options.steps, options.output)
+    quality = measure_quality(model, reference, way, book[: options.tokens])
+    measured = {**sizes, **quality, "repetition": repetition(model, way, book)}
+    measured |= measure_speed(model, reference, way, book)
+    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in measured.items()), flush=True)
+    return {"way": name, **measured}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Return the table; sizes as ratios to float32."""
+    base = next(row for row in rows if row["way"] == "float32")
+    table = []
+    for row in sorted(rows, key=lambda row: list(WAYS).index(row["way"])):
+        sizes = [row[key] / base[key] for key in ("disk_bytes", "linear_bytes", "cache_bytes")]
+        change = 100 * (row["perplexity"] / base["perplexity"] - 1)
+        cells = [f"{row['perplexity']:.2f} ({change:+.2f} %)", f"{row['divergence']:.4f}", f"{row['repetition']:.3f}"]
+        speed = [f"{row[key]:.2f}" for key in ("prefill", "decode")]
+        table.append([row["way"], *(f"{size:.3f}" for size in sizes), *cells, *speed])
+    headers = ["", "on disk", "linear layers", "cache", "perplexity", "KL", "seq-rep-4", "prefill", "decode"]
+    return tabulate(table, headers, "github", disable_numparse=True)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw perplexity against bytes on disk."""
+    axis = Figure(figsize=(7, 4), layout="constrained").subplots()
+    for row in rows:
+        axis.plot(row["disk_bytes"] / 1e6, row["perplexity"], "o", label=row["way"])
+    axis.set_xlabel("checkpoint, MB")
+    axis.set_ylabel("perplexity")
+    axis.legend(fontsize="small")
+    axis.figure.savefig(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--tokens", type=int, default=4096, help="of the novel that quality is measured on (default: %(default)s)")
+    add("--steps", type=int, default=40, help="of recovery (default: %(default)s)")
+    add("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
+    add("--output", type=Path, default=Path("runs/quantization"), help="folder (default: %(default)s)")
+    options = parser.parse_args()
+    if options.tokens <= PROMPT + NEW or options.steps < 10:
+        parser.error(f"--tokens must exceed {PROMPT + NEW}, --steps be 10 or more, got {vars(options)}")
+    return options
+
+
+def main() -> None:
+    """Run what has not been run, print and write."""
+    options = parse_arguments()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a rounding on every call
+    datasets.disable_progress_bars()
+    options.output.mkdir(parents=True, exist_ok=True)
+    source, path = options.output / "model", options.output / "quantization.json"
+    if not source.exists():
+        dense = smollm2_checkpoint()
+        AutoTokenizer.from_pretrained(dense).save_pretrained(source)
+        from_dense(dense, sparse_attention=SPARSE).save_pretrained(source)
+    made = {"tokens": options.tokens, "steps": options.steps, "torch": torch.__version__}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    results = found if found.get("settings") == made else {"settings": made, "rows": []}
+    for name in dict.fromkeys(["float32", *options.only]):  # which the others are compared with
+        if name not in {row["way"] for row in results["rows"]}:
+            results["rows"].append(run(name, source, options))
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{report(results['rows'])}")
+    plot(results["rows"], options.output / "quantization.svg")
+
+
+if __name__ == "__main__":
+    main()

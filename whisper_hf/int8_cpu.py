@@ -1,0 +1,423 @@
+"""The quantization method `int8-cpu`: linear layers whose weights are read as 8-bit integers, faster than float32.
+
+    import whisper_hf.int8_cpu
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=Int8CpuConfig())
+
+Weights get a scale for each output channel. Activations get a scale for each token, and one or two digits of 8 bits: a
+few channels of a few tokens are a thousand times larger than the rest, so a scale for a whole tensor (as torch's own
+dynamic quantization has it) ruins a language model, and one digit costs some quality. The two digits of a token are two
+rows of one product, and while tokens are few, time goes into reading the weights.
+
+Products are computed by fbgemm, through `torch.ops.quantized.linear_prepack`, `linear_unpack` and `linear_dynamic`, and
+nothing else of `torch.ao.quantization`. The first two work on tensors of dtype `qint8`, which torch 2.13 announces to
+remove (https://github.com/pytorch/pytorch/issues/184982): saved checkpoints hold plain tensors and will outlive that.
+
+Legend: `M` rows (tokens of all sequences), `I` input features, `O` output features.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "int8-cpu"
+ENGINE = "fbgemm"
+ROWS = 64  # multiplied at once: more would leave the caches
+ALTERNATIVES = "the recipes 'int8' and 'nf4' (bitsandbytes) run on other devices, and train adapters"
+
+
+@register_quantization_config(METHOD)
+class Int8CpuConfig(QuantizationConfigMixin):
+    """What is quantized, and how finely.
+
+    Args:
+        modules_to_not_convert: linear layers that stay as they are, in addition to the output head and what shares its
+            weights: names, ends of names or regular expressions, as transformers matches them.
+        quantize_head: whether the output head is quantized too, which is much of the time of a small model with a large
+            vocabulary. If it is tied, the embedding stays as it is and the two are untied: the checkpoint grows by the
+            head's bytes.
+        activation_bits: 16 (two digits: all but exact) or 8 (one digit: faster, with some loss).
+        quant_method: always "int8-cpu"; it is what a saved config names the method by.
+
+    Raises:
+        ValueError: a value of another kind.
+    """
+
+    def __init__(
+        self,
+        modules_to_not_convert: list[str] | None = None,
+        quantize_head: bool = False,
+        activation_bits: int = 16,
+        quant_method: str = METHOD,
+    ) -> None:
+        names = [] if modules_to_not_convert is None else modules_to_not_convert
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}")
+        if not isinstance(quantize_head, bool):
+            raise ValueError(f"quantize_head must be True or False, got {quantize_head!r}")
+        if activation_bits not in (8, 16):
+            raise ValueError(f"activation_bits must be 8 or 16, got {activation_bits!r}")
+        if quant_method != METHOD:
+            raise ValueError(f"this config is for the method {METHOD!r}, got quant_method={quant_method!r}")
+        self.quant_method = quant_method
+        self.modules_to_not_convert = names
+        self.quantize_head = quantize_head
+        self.activation_bits = activation_bits
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round weights to integers in [-127, 127] with a scale for each output channel.
+
+    Args:
+        weight: `[O, I]`, any floating dtype.
+
+    Returns:
+        integers `[O, I]`, int8, and scales `[O]`, float32; their product is the weight, up to half a scale.
+
+    Raises:
+        ValueError: weights that are not finite.
+    """
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1) / 127
+    if not scale.isfinite().all():
+        raise ValueError(f"weights must be finite, got NaN or infinity in a matrix of shape {tuple(weight.shape)}")
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer `[..., I] -> [..., O]` for inference on a CPU, with weights of 8 bits.
+
+    It holds `weight` (int8, `[O, I]`), `weight_scale` (float32, `[O]`, whatever the model is cast to) and `bias`
+    (`[O]`, or none). When it is first used, fbgemm's own arrangement takes the place of the plain weight, whose
+    parameter then lies on the meta device, so that memory holds the weights once. `state_dict`, copies and `.to()` have
+    the plain weight again; so does `int8_weight()`. A new weight or scale is arranged anew.
+
+    Rows are independent of one another, bit for bit, and one with NaN or infinity gives NaN.
+
+    Args:
+        in_features: `I`.
+        out_features: `O`.
+        bias: whether there is one.
+        activation_bits: 8 or 16, see [`Int8CpuConfig`].
+        dtype: of the bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation_bits: int = 16,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.activation_bits = in_features, out_features, activation_bits
+        self.weight = _constant(torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.weight_scale = _constant(torch.ones(out_features, dtype=torch.float32))
+        self.bias = _constant(torch.zeros(out_features, dtype=dtype)) if bias else None
+        self._packed: Any = None
+        self._row_sums: Any = None  # `[O]`, float32
+        self._packed_scale: tuple[Tensor, int] | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, activation_bits: int = 16) -> "Int8Linear":
+        """Quantize a linear layer, which stays as it is."""
+        dtype = linear.weight.dtype
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, activation_bits, dtype)
+        weight, scale = quantize_weight(linear.weight)
+        layer.weight, layer.weight_scale = _constant(weight), _constant(scale)
+        if linear.bias is not None:
+            layer.bias = _constant(linear.bias.detach().clone())
+        return layer
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Multiply `[..., I]` of any floating dtype; `[..., O]` has the same dtype, computed in float32.
+
+        Raises:
+            ValueError: an input on another device or that needs a gradient.
+        """
+        self._refuse(hidden_states)
+        if self._packed is None or not self.weight.is_meta or not self._scale_is_packed():
+            self._pack()
+        rows = hidden_states.reshape(-1, self.in_features).float()
+        if len(rows) > ROWS:
+            product = torch.cat([self._multiply(some) for some in rows.split(ROWS)])
+        else:
+            product = self._multiply(rows)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
+
+    def _refuse(self, hidden_states: Tensor) -> None:
+        if hidden_states.device.type != "cpu":
+            raise ValueError(f"{METHOD} runs on the CPU alone, got a tensor on {hidden_states.device}; {ALTERNATIVES}")
+        if hidden_states.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{METHOD} is for inference, got an input that needs a gradient; use torch.no_grad(); {ALTERNATIVES}"
+            )
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """Return the product `[M, O]`, float32, of `[M, I]`, float32.
+
+        Each row is brought to the range from 0 to `largest`, which both ends attain, so that fbgemm's own quantization,
+        which has one scale for all rows, has the scale 1 and the zero point 0 in each call.
+        """
+        narrow = _saturates()
+        largest = 127.0 if narrow else 255.0
+        low, high = torch.aminmax(rows, dim=-1, keepdim=True)
+        step = high.sub(low).div_(largest).clamp_min_(1e-30)
+        # with one digit, zero stays zero: most channels are near it, and an error that they share would add up
+        zero = largest - (high / step).round_() if self.activation_bits == 8 else -low / step
+        scaled = torch.addcdiv(zero, rows, step).nan_to_num_(0.0)  # the step makes the result NaN again
+        digits = scaled.round().clamp_(0, largest)
+        if self.activation_bits == 8:
+            product = torch.ops.quantized.linear_dynamic(digits, self._packed, reduce_range=narrow)
+        else:
+            rest = scaled.sub_(digits).mul_(largest).add_(largest / 2)
+            both = torch.ops.quantized.linear_dynamic(torch.cat((digits, rest)), self._packed, reduce_range=narrow)
+            product = torch.add(both[: len(rows)], both[len(rows) :], alpha=1 / largest)
+            zero = zero + 0.5
+        return torch.addcmul(product, zero, self._row_sums, value=-1).mul_(step)
+
+    @torch.inference_mode(False)
+    def _pack(self) -> None:
+        """Let fbgemm arrange the weights, and drop the plain ones."""
+        weight, scale = self.int8_weight(), self.weight_scale
+        if weight.device.type != "cpu" or scale.device.type != "cpu":
+            raise ValueError(f"{METHOD} needs its weights on the CPU, got {weight.device}; load or move the model")
+        with _engine(), _quiet():
+            zeros = torch.zeros(self.out_features, dtype=torch.long)
+            channels = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.detach().double(), zeros, 0)
+            packed = torch.ops.quantized.linear_prepack(channels, None)
+        self._row_sums = weight.sum(1) * scale.detach()
+        self._packed_scale = (scale, _version(scale))
+        self._packed = packed  # before the plain weight goes, for other threads
+        self.weight = _constant(torch.empty_like(weight, device="meta"))
+
+    @torch.inference_mode(False)
+    def _unpack(self) -> None:
+        """Bring back the plain weight, as it was loaded."""
+        self.weight, self._packed = _constant(self.int8_weight()), None
+
+    def _scale_is_packed(self) -> bool:
+        tensor, version = self._packed_scale or (None, 0)
+        return tensor is self.weight_scale and version == _version(self.weight_scale)
+
+    def int8_weight(self) -> Tensor:
+        """Return the integers `[O, I]`, int8."""
+        if self._packed is None or not self.weight.is_meta:
+            return self.weight.detach()
+        with _quiet():
+            return torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight `[O, I]` that the integers stand for."""
+        return (self.int8_weight() * self.weight_scale.detach()[:, None]).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"activation_bits={self.activation_bits}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        self._unpack()
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:  # cast with the model: that would change all weights
+            self.weight_scale = _constant(scale.detach().to(self.weight_scale.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.int8_weight()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dtype != torch.int8:
+            raise ValueError(
+                f"{prefix}weight must be int8 with a scale, got {weight.dtype}; from_pretrained quantizes while it loads"
+            )
+        self._unpack()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies are made of: the plain weight in place of fbgemm's."""
+        parameters = {**self._parameters, "weight": _constant(self.int8_weight())}
+        return {**self.__dict__, "_parameters": parameters, "_packed": None, "_row_sums": None, "_packed_scale": None}
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _engine() -> Iterator[None]:
+    """Let `linear_prepack` arrange for fbgemm; products go by what was arranged, whatever the engine is then."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = ENGINE
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop torch's warning that the dtype qint8 will be removed, which this module's docstring passes on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+        yield
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Return whether fbgemm's products are wrong for large activations on this CPU.
+
+    Without AVX512-VNNI it adds pairs of products in 16 bits, which hold 2 x 127 x 127 but not 2 x 255 x 127, so
+    activations then get 7 bits a digit (`reduce_range`). Tried out rather than looked up: what counts is what it does.
+    """
+    layer = Int8Linear(64, 32, bias=False)
+    layer.weight = _constant(torch.full((32, 64), 127, dtype=torch.int8))
+    layer._pack()
+    product = torch.ops.quantized.linear_dynamic(torch.full((1, 64), 255.0), layer._packed, reduce_range=False)
+    return bool((product != 255 * 127 * 64).any())
+
+
+class _Quantize(ConversionOps):
+    """What happens to a weight while it is loaded: integers and scales take its place."""
+
+    def __init__(self, head: tuple[str, str] | None) -> None:
+        self.head = head
+
+    def convert(
+        self, input_dict: dict[str, Any], model: PreTrainedModel, missing_keys: set[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return tensors by name; the embedding to which a quantized head was tied gives the head too."""
+        converted = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            expected = model.get_parameter(name).shape
+            if value.shape != expected:
+                raise ValueError(f"{name} must have the shape {tuple(expected)}, got {tuple(value.shape)}")
+            target = name
+            if self.head is not None and name == self.head[1]:
+                converted[name] = value
+                target = self.head[0]
+                if target not in missing_keys:  # the checkpoint has a head of its own
+                    continue
+            converted[target], converted[f"{target}_scale"] = quantize_weight(value)
+        return converted
+
+
+@register_quantizer(METHOD)
+class Int8CpuQuantizer(HfQuantizer):
+    """What `from_pretrained` calls to build, load, save and dequantize a model in [`Int8CpuConfig`]."""
+
+    serialized_names = {"weight": ["weight", "weight_scale"]}
+    is_trainable = False
+    _head: tuple[str, str] | None = None  # a quantized head and the embedding it was tied to
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a torch without fbgemm, and devices other than the CPU, before anything is loaded.
+
+        Raises:
+            ValueError: either of them.
+        """
+        engines = torch.backends.quantized.supported_engines
+        if ENGINE not in engines:
+            raise ValueError(f"{METHOD} needs a torch with {ENGINE}, as for x86, got {engines}; {ALTERNATIVES}")
+        devices = set(device_map.values()) if isinstance(device_map, dict) else set()
+        others = sorted(str(device) for device in devices if str(device) != "cpu")
+        if others:
+            raise ValueError(f"{METHOD} runs on the CPU alone, got a device_map with {others}; {ALTERNATIVES}")
+
+    def update_device_map(self, device_map: Any) -> dict[str, Any]:
+        """Return the only map there is, "auto" included."""
+        return {"": "cpu"}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Put quantized layers in the place of linear ones, still on the meta device.
+
+        Raises:
+            ValueError: no linear layer.
+        """
+        keep = self._kept(model)
+        names = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and should_convert_module(name, keep)
+        ]
+        if not names:
+            raise ValueError(f"{METHOD} quantizes nn.Linear layers, got none in {type(model).__name__} outside {keep}")
+        for name in names:
+            linear = model.get_submodule(name)
+            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+            with torch.device("meta"):
+                bits = self.quantization_config.activation_bits
+                model.set_submodule(name, Int8Linear(*sizes, activation_bits=bits, dtype=linear.weight.dtype))
+            self._untie(model, f"{name}.weight")
+        return model
+
+    def _kept(self, model: PreTrainedModel) -> list[str]:
+        """Return what is not converted, as transformers' own methods decide it, and what the config adds."""
+        keep = set(get_keys_to_not_convert(model))
+        head = model.get_output_embeddings()
+        if self.quantization_config.quantize_head and head is not None:
+            keep -= {name for name, module in model.named_modules() if module is head}
+        added = self.quantization_config.modules_to_not_convert
+        return sorted(keep.union(added, model._keep_in_fp32_modules or ()))
+
+    def _untie(self, model: PreTrainedModel, name: str) -> None:
+        """Let a quantized head go apart from its embedding."""
+        source = model.all_tied_weights_keys.pop(name, None)
+        if source is not None:
+            self._head = (name, source)
+            model.config.tie_word_embeddings = False
+            model.config.get_text_config(decoder=True).tie_word_embeddings = False
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        return model.requires_grad_(False)  # else a plain forward would record a graph that ends at the first layer
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a weight of the checkpoint has to be converted."""
+        if self._head is not None and param_name == self._head[1]:
+            return True
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Int8Linear) and name == "weight"
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what converts such a weight."""
+        return _Quantize(self._head)
+
+    def is_serializable(self) -> bool:
+        """Return that models can be saved."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put linear layers back, with the weights that the integers stand for, in place."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Int8Linear):
+                with torch.device("meta"):
+                    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                linear.weight = nn.Parameter(module.dequantized_weight(dtype or model.dtype))
+                if module.bias is not None:
+                    linear.bias = nn.Parameter(module.bias.detach().to(dtype or model.dtype))
+                model.set_submodule(name, linear)
+        return model.requires_grad_(True)
