@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from whisper_hf import WhisperLMForCausalLM, quantization
-from whisper_hf.quantization import RECIPES, disable_cpu_repacking, merge_adapter, quantize, recipe
+from whisper_hf.merging import merge_adapter
+from whisper_hf.quantization import RECIPES, disable_cpu_repacking, quantize, recipe
 
 from .conftest import LENGTH, SPARSE, tiny_model, tokens
 

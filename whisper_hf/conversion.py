@@ -9,17 +9,16 @@ is the whole table. RoPE, sizes and token ids carry over by name.
 import argparse
 import copy
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from .folders import new_folder, save_tokenizer
 from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
 
@@ -232,31 +231,13 @@ def convert_checkpoint(
     Raises:
         ValueError: as in [`from_dense`] and [`to_dense`], or a target that holds something.
     """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"the target {str(target)!r} exists and is not an empty folder; name another one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        folder = Path(scratch, "checkpoint")
-        folder.mkdir()
+    with new_folder(target) as folder:
         if dense:
             model = to_dense(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
         else:
             model = from_dense(source, sparse_attention)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        _save_tokenizer(source, folder)
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-
-
-def _save_tokenizer(source: str | os.PathLike, folder: Path) -> None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        logger.warning(f"{source} has no tokenizer that could be carried along: {error}")
-    else:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(source, folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits through bitsandbytes: named recipes, a command that applies them, and adapters merged after.
+"""Weights of 8 or 4 bits through bitsandbytes: named recipes, and a command that applies them.
 
     python -m whisper_hf.quantization SOURCE TARGET --recipe nf4
 
@@ -10,14 +10,11 @@ Legend: `T` tokens, `V` tokens in the vocabulary.
 """
 
 import argparse
-import copy
 import json
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from logging import LogRecord, getLogger
 from pathlib import Path
@@ -28,15 +25,13 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.utils import is_bitsandbytes_available, logging
+from transformers.utils import is_bitsandbytes_available
 
-logger = logging.get_logger(__name__)
+from .folders import new_folder, save_tokenizer
 
 RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
@@ -103,14 +98,14 @@ def disable_cpu_repacking(model: Any) -> Any:
     Raises:
         ValueError: weights that are rearranged already, which cannot be undone without loss.
     """
-    _refuse_repacked(model)
+    refuse_repacked(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
 
 
-def _refuse_repacked(model: Any) -> None:
+def refuse_repacked(model: Any) -> None:
     states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
     count = sum(hasattr(state, "original_dtype") for state in states)  # remembered from the first time on
     if count:
@@ -161,11 +156,11 @@ def quantize(
     """
     say = progress or (lambda line: None)
     config = _source_config(source, hub_kwargs)
-    quantization = _resolve(recipe, _dtype(config.dtype if dtype == "auto" else dtype))
+    quantization = resolve(recipe, dtype_of(config.dtype if dtype == "auto" else dtype))
     device = _usable_device(quantization, device)
     options = {"dtype": dtype, "device_map": {"": device}, **hub_kwargs}
     with new_folder(target) as folder:
-        tokenizer = _save_tokenizer(source, folder, hub_kwargs)
+        tokenizer = save_tokenizer(source, folder, hub_kwargs)
         if tokenizer is None and text not in (None, SAMPLE):
             raise ValueError(f"a text to compare on needs a tokenizer, got none with {str(source)!r}; leave it out")
         say(f"quantizing on {device}")
@@ -211,7 +206,7 @@ def _source_config(source: Any, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _resolve(recipe_or_config: str | BitsAndBytesConfig, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+def resolve(recipe_or_config: str | BitsAndBytesConfig, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     if isinstance(recipe_or_config, str):
         is_integer = "load_in_8bit" in RECIPES.get(recipe_or_config, {})
         return recipe(recipe_or_config, None if is_integer else dtype)
@@ -223,7 +218,7 @@ def _resolve(recipe_or_config: str | BitsAndBytesConfig, dtype: torch.dtype | No
     return recipe_or_config
 
 
-def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(value: torch.dtype | str | None) -> torch.dtype | None:
     """Return a floating dtype given by name (as configs have it) or as such."""
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -257,26 +252,6 @@ def _usable_device(config: BitsAndBytesConfig, device: torch.device | str | None
             f"the recipe does not run on the device {str(device)!r} here: {reason}; name another"
         ) from error
     return torch.device(device)
-
-
-@contextmanager
-def new_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """Give a folder beside the target that becomes the target at the end, or vanishes if there was an error.
-
-    Raises:
-        ValueError: a target that holds something; nothing has been made yet.
-    """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"the target {str(target)!r} exists and is not an empty folder; name another one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        folder = Path(scratch, "checkpoint")
-        folder.mkdir()
-        yield folder
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
 
 
 def _quantized_modules(model: Any) -> dict[str, Any]:
@@ -341,19 +316,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _save_tokenizer(source: Any, folder: Path, hub_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """Save the tokenizer of a source in a folder, and return it; or say that there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
-        if len(tokenizer) == len(tokenizer.all_special_ids):  # what some families get where there is no file
-            raise ValueError("it has no vocabulary")
-    except (OSError, ValueError) as error:
-        logger.warning(f"{source} has no tokenizer that could be carried along, or compared with: {error}")
-        return None
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return logits `[T, V]`, float32, of `ids` `[1, T]`."""
@@ -378,139 +340,6 @@ def _compare(before: Tensor, after: Tensor) -> dict[str, Any]:
         "max_abs_logit_difference": (before - after).abs().max().item(),
         "same_likeliest_token": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
     }
-
-
-def merge_adapter(
-    adapter: Any,
-    target: str | os.PathLike,
-    *,
-    base: str | os.PathLike | None = None,
-    recipe: str | BitsAndBytesConfig | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
-    max_shard_size: str | int = "50GB",
-    **hub_kwargs: Any,
-) -> None:
-    """Merge an adapter that was trained on a quantized base into the dequantized base, and write the dense checkpoint.
-
-    Merging in place would round the sum to the base's few bits again and lose much of what was learnt. The weights to
-    which the adapter was fitted are the dequantized ones, not those before quantization.
-
-    Args:
-        adapter: folder or Hub id of an adapter of peft; or a `PeftModel` with one active adapter, which stays as it is.
-        target: the folder to write; it must not exist, or be empty. Gets the tokenizer of the adapter's folder, or else
-            of the base; of a `PeftModel` none.
-        base: folder or Hub id of the base; by default the one that the adapter names, in the revision it names.
-        recipe: in which the base was loaded for training, where its checkpoint is in full precision.
-        dtype: of the result; by default that of the base outside its quantized layers.
-        device: where to load a base and merge, in memory for the whole dense model; a `PeftModel` stays where it is.
-        max_shard_size: largest file of weights.
-        hub_kwargs: for loading the base, such as `revision` or `trust_remote_code`.
-
-    Raises:
-        ValueError: a target that holds something, a base that is not quantized (or a recipe for one that is), more than
-            one active adapter, one that cannot be merged or that changes tied embeddings, or 4-bit weights that
-            bitsandbytes has rearranged (see [`disable_cpu_repacking`]).
-    """
-    from peft import PeftModel
-
-    is_live = isinstance(adapter, PeftModel)
-    if is_live:
-        if base is not None or recipe is not None or hub_kwargs:
-            raise ValueError("a PeftModel has its base already; leave out base, recipe and options for loading")
-        _refuse_unmergeable(adapter)
-        quantization: dict[str, Any] = {}
-    else:
-        base, hub_kwargs = _base_of(adapter, base, hub_kwargs)
-        quantization = _missing_quantization(base, recipe, hub_kwargs)
-    dtype = _dtype(dtype)
-    with new_folder(target) as folder:
-        path = adapter
-        if is_live:
-            (name,) = adapter.active_adapters
-            saved = folder.parent / "adapter"
-            adapter.save_pretrained(saved, selected_adapters=[name])
-            path = saved if name == "default" else saved / name
-            model = copy.deepcopy(adapter).unload()
-        else:
-            options = {"dtype": "auto", "device_map": {"": device}, **quantization, **hub_kwargs}
-            model = AutoModelForCausalLM.from_pretrained(base, **options)
-        dense = _dequantized(model, dtype or _dtype(model.config.dtype) or model.dtype)
-        adapted = PeftModel.from_pretrained(dense, path)
-        _refuse_tied(adapted)
-        adapted.merge_and_unload(safe_merge=True).save_pretrained(folder, max_shard_size=max_shard_size)
-        if not is_live:
-            has_one = Path(adapter, "tokenizer_config.json").is_file()
-            _save_tokenizer(adapter if has_one else base, folder, hub_kwargs)
-
-
-def _refuse_unmergeable(adapter: Any) -> None:
-    """Refuse a live model that cannot be merged, before it is copied."""
-    _refuse_repacked(adapter)
-    if len(adapter.active_adapters) != 1:
-        raise ValueError(f"expected one active adapter, got {adapter.active_adapters}; see set_adapter")
-    if adapter.active_peft_config.is_prompt_learning:
-        raise ValueError(f"an adapter of prompts cannot be merged, got {adapter.active_peft_config.peft_type}")
-    if not getattr(adapter.get_base_model(), "is_quantized", False):
-        raise ValueError("the base is not quantized; use peft's own merge_and_unload, which is exact there")
-
-
-def _base_of(adapter: Any, base: Any, hub_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the base of a saved adapter, and the options for finding it."""
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(adapter)
-    if config.is_prompt_learning:
-        raise ValueError(f"an adapter of prompts cannot be merged, got {config.peft_type}")
-    if base is not None:
-        return base, hub_kwargs
-    if config.base_model_name_or_path is None:
-        raise ValueError(f"the adapter {str(adapter)!r} does not name its base, got None; pass base")
-    revision = {"revision": config.revision} if config.revision else {}
-    return config.base_model_name_or_path, {**revision, **hub_kwargs}
-
-
-def _missing_quantization(
-    base: Any, recipe: str | BitsAndBytesConfig | None, hub_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return how a base must be quantized when it is loaded, if its checkpoint is not."""
-    if getattr(AutoConfig.from_pretrained(base, **hub_kwargs), "quantization_config", None) is not None:
-        if recipe is not None:
-            raise ValueError(f"the base {str(base)!r} is quantized already, got recipe={recipe!r}; leave it out")
-        return {}
-    if recipe is None:
-        raise ValueError(
-            f"the base {str(base)!r} is not quantized; pass the recipe in which it was loaded for training, one of "
-            f"{', '.join(RECIPES)}, or, if it was trained in full precision, use peft's own merge_and_unload"
-        )
-    return {"quantization_config": _resolve(recipe, None)}
-
-
-def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Dequantize a model, and bring back to its dtype what `prepare_model_for_kbit_training` may have raised."""
-    model = model.dequantize(dtype=dtype)
-    conversions = getattr(model, "_weight_conversions", None) or []
-    # transformers 5.23 keeps how it read the quantized weights, and would fail to undo that when saving
-    model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
-    ]
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def _refuse_tied(adapted: Any) -> None:
-    """Refuse an adapter on one of two layers that share a matrix: merged, it would change the other too."""
-    keys = adapted.get_base_model().all_tied_weights_keys
-    tied = {name.removesuffix(".weight") for pair in keys.items() for name in pair}
-    touched = sorted(tied & set(adapted.base_model.targeted_module_names))
-    if touched:
-        raise ValueError(
-            f"the layers {sorted(tied)} share a matrix, got an adapter on {touched}: merged, it would change them all; "
-            "train it on a base with tie_word_embeddings=False, or leave these layers out"
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:
