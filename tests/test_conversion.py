@@ -134,7 +134,7 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch) 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(conversion, "_save_tokenizer", fail)
+    monkeypatch.setattr(conversion, "save_tokenizer", fail)
     with pytest.raises(OSError, match="no space"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
