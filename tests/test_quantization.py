@@ -67,10 +67,10 @@ def exact(name: str) -> BitsAndBytesConfig:
 
 
 def load(folder: Path, config: BitsAndBytesConfig | None = None, **options: Any) -> Any:
-    """Load a model for evaluation and whatever may follow, on any CPU."""
+    """Load a model for evaluation and whatever may follow, on any CPU: bitsandbytes must leave its weights alone."""
     if config is not None:
         options["quantization_config"] = config
-    return disable_cpu_repacking(AutoModelForCausalLM.from_pretrained(folder, **options))
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 @torch.no_grad()

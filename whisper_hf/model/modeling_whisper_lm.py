@@ -254,6 +254,19 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
         "attentions": WhisperLMAttention,
     }
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; 4-bit weights of bitsandbytes then stay as they are loaded.
+
+        On CPUs with AVX512-BF16, bitsandbytes (0.50.2) rearranges them when they are first used without gradients, for
+        a faster product with few rows; saved, dequantized or trained on after that, they are wrong.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return loaded
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Default to `masked_sparse` and accept only what computes the same function.
 
