@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .int8_cpu import Int8CpuConfig
 from .model.attention import masked_sparse_attention_forward
 from .model.cache_quantized import QuantizedSparseCache
 from .model.configuration_whisper_lm import DiversityConfig, SparseAttentionConfig, WhisperLMConfig
@@ -81,6 +82,7 @@ __all__ = [
     "DistillationTrainer",
     "DiversityCallback",
     "DiversityConfig",
+    "Int8CpuConfig",
     "QuantizedSparseCache",
     "SequenceUnlikelihoodCallback",
     "SparseAttentionConfig",

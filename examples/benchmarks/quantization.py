@@ -4,7 +4,7 @@
     python examples/benchmarks/quantization.py --only int8 nf4-double --tokens 1024
 
 The model is a WhisperLM with a budget of 416 tokens, on one CPU thread. Ways to quantize are the recipes of
-`whisper_hf.quantization`; `cache` adds keys and values in 8 bits; `recovered` has a LoRA adapter that learnt on the
+`whisper_hf.quantization` and `Int8CpuConfig`; `cache` adds keys and values in 8 bits; `recovered` has a LoRA adapter that learnt on the
 quantized weights, for `--steps` steps, what the float32 model predicts for another novel. Measured are
 
 - bytes of the checkpoint on disk, of the linear layers, and of keys and values (both in memory),
@@ -37,7 +37,8 @@ from transformers import PreTrainedModel as Model
 from transformers import default_data_collator as collate
 from transformers.utils import logging
 
-from whisper_hf import DistillationConfig, DistillationTrainer, QuantizedSparseCache, from_dense
+from whisper_hf import DistillationConfig, DistillationTrainer, Int8CpuConfig, QuantizedSparseCache, from_dense
+from whisper_hf.int8_cpu import Int8Linear
 from whisper_hf.metrics import sequence_repetition
 from whisper_hf.quantization import disable_cpu_repacking, recipe
 from whisper_hf.writing import continue_prompts
@@ -56,7 +57,7 @@ ROW, RATE = 384, 3e-4  # recovery: tokens of a row, learning rate
 class Way:
     """How weights are held, whether the cache has 8 bits, and whether an adapter has learnt to make up for it."""
 
-    recipe: str | None = None
+    recipe: str | Int8CpuConfig | None = None
     dtype: torch.dtype = torch.float32
     cache: bool = False
     recovered: bool = False
@@ -71,6 +72,9 @@ WAYS = {
     "bfloat16": Way(dtype=torch.bfloat16),
     "float32, cache": Way(cache=True),
     "int8": Way("int8"),
+    "int8-cpu": Way(Int8CpuConfig()),
+    "int8-cpu and head": Way(Int8CpuConfig(quantize_head=True)),
+    "int8-cpu, 8 bits": Way(Int8CpuConfig(activation_bits=8)),
     "nf4": Way("nf4"),
     "nf4-double": Way("nf4-double"),
     "nf4-double, cache": Way("nf4-double", cache=True),
@@ -83,8 +87,9 @@ def load(source: Path, way: Way) -> Model:
     """Return the model, without its adapter."""
     if way.recipe is None:
         return AutoModelForCausalLM.from_pretrained(source, dtype=way.dtype).eval()
-    computed = {} if way.recipe == "int8" else {"compute_dtype": torch.float32}
-    config = recipe(way.recipe, **computed)
+    config: Any = way.recipe
+    if isinstance(config, str):
+        config = recipe(config, None if config == "int8" else torch.float32)
     return AutoModelForCausalLM.from_pretrained(source, dtype=way.dtype, quantization_config=config).eval()
 
 
@@ -104,7 +109,7 @@ def bytes_on_disk(model: Model) -> int:
 
 def linear_bytes(model: Model) -> int:
     """Return the bytes of the layers between embedding and head, with all that is needed to use them."""
-    layers = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear | Int8Linear)]
     return sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
 
 
