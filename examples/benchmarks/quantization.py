@@ -4,8 +4,9 @@
     python examples/benchmarks/quantization.py --only int8 nf4-double --tokens 1024
 
 The model is a WhisperLM with a budget of 416 tokens, on one CPU thread. Ways to quantize are the recipes of
-`whisper_hf.quantization` and `Int8CpuConfig`; `cache` adds keys and values in 8 bits; `recovered` has a LoRA adapter that learnt on the
-quantized weights, for `--steps` steps, what the float32 model predicts for another novel. Measured are
+`whisper_hf.quantization` and `Int8CpuConfig`; `cache` adds keys and values in 8 bits; `recovered` has a LoRA adapter
+that learnt on the quantized weights, for `--steps` steps, what the float32 model predicts for another novel. Measured
+are
 
 - bytes of the checkpoint on disk, of the linear layers, and of keys and values (both in memory),
 - perplexity of a novel, read in chunks of 256 tokens from the cache, and the mean KL divergence from float32, in nats,
