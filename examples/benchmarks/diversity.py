@@ -64,7 +64,7 @@ SIZES |= {"num_attention_heads": 6, "num_key_value_heads": 6}
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 ROWS, WRITTEN, PREFIX, NEW = 192, 64, 32, 96  # held-out rows, continuations, tokens they continue and add
 OWN_ROWS, OWN_NEW = 16, 64  # continuations in training, of sequence-unlikelihood and of ours
-COST_BATCH, COST_STEPS = 32, 16
+COST_BATCH, COST_STEPS = 16, 16
 MEASURES = ("perplexity", "on_repeats", "greedy", "sampled", "self_bleu")
 
 
