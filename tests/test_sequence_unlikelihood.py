@@ -5,6 +5,7 @@ As a module (`python -m tests.test_sequence_unlikelihood FOLDER`) it is what eac
 
 import copy
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers import default_data_collator as collate
+from transformers.utils.logging import warning_once
 
-from whisper_hf import DistillationConfig, DistillationTrainer, SequenceUnlikelihoodCallback
+from whisper_hf import DistillationConfig, DistillationTrainer, SequenceUnlikelihoodCallback, use_diversity
 from whisper_hf.metrics import sequence_repetition
 from whisper_hf.sequence_unlikelihood import documents_of, places
 
@@ -213,6 +215,20 @@ def test_it_joins_any_training(kind: str, tmp_path) -> None:
         assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
     if kind == "accumulation":
         assert results[0][0] == results[1][0]
+
+
+def test_it_joins_the_contrast_without_a_warning(tmp_path, caplog) -> None:
+    """Its own forward has no labels, which otherwise means that the loss of the config is bypassed."""
+    warning_once.cache_clear()
+    logger = logging.getLogger("transformers")
+    logger.propagate = True
+    try:
+        callback = SequenceUnlikelihoodCallback(**SETTINGS)
+        train(tmp_path, callback, use_diversity(looping_model(), {"contrast_weight": 1.0}))
+    finally:
+        logger.propagate = False
+    assert callback.alpha > 0
+    assert "trains without labels" not in caplog.text
 
 
 def test_it_joins_distillation(tmp_path) -> None:

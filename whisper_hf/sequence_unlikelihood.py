@@ -3,6 +3,7 @@
 Legend: `R` continuations of `L` tokens, of prefixes of `P` tokens; `B` rows of `T` tokens.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -145,8 +146,8 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         self._measure(own["labels"][:, prefixes.shape[1] :], true)
         if not self.alpha:
             return
-        logits = model(own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits[:, :-1]
-        targets = own["labels"][:, 1:]
+        targets = own["labels"][:, prefixes.shape[1] :]
+        logits = _last_logits(model, own, targets.shape[1] + 1)[:, :-1]
         repeated = repeated_ngrams(targets, n=self.ngram).sum()
         alpha = self.alpha if true.shape[1] else 0.0
         penalty = alpha * sequence_unlikelihood(logits, targets, n=self.ngram).sum() / repeated.clamp(min=1)
@@ -182,6 +183,15 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
             self.times += 1
             self.own += max(1 - self.memory, 1 / self.times) * (mine / count - self.own)
             self.human += (theirs / count - self.human) / self.times
+
+
+def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
+    """Return the logits of the last `count` tokens, `[R, count, V]`; most models compute no others."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    accepts = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": count} if accepts else {}
+    shown = batch["attention_mask"]
+    return model(batch["input_ids"], attention_mask=shown, use_cache=False, **options).logits[:, -count:]
 
 
 def documents_of(ids: Tensor, shown: Tensor, position_ids: Tensor | None) -> Tensor:

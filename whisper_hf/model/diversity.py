@@ -189,8 +189,12 @@ def use_diversity(model: Any, diversity: Any = True) -> Any:
 
 
 def _warn_where_bypassed(model: Any, _args: tuple, kwargs: dict[str, Any]) -> None:
-    """Say so where a training forward has no labels: the loss is then computed outside, by something else."""
-    is_bypassed = model.training and torch.is_grad_enabled() and kwargs.get("labels") is None
+    """Say so where a training forward has no labels: the loss is then computed outside, by something else.
+
+    One that asks for a few logits only is no such loss, as that of [`~whisper_hf.SequenceUnlikelihoodCallback`].
+    """
+    has_loss = kwargs.get("labels") is not None or kwargs.get("logits_to_keep")
+    is_bypassed = model.training and torch.is_grad_enabled() and not has_loss
     if is_bypassed and not is_tracing():
         logger.warning_once(
             f"{type(model).__name__} trains without labels, so its diversity objective does nothing: the Trainer takes "
