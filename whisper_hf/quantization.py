@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from .folders import new_folder, save_tokenizer
+from .model.modeling_whisper_lm import keep_4bit_arrangement
 
 RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
@@ -99,9 +100,7 @@ def disable_cpu_repacking(model: Any) -> Any:
         ValueError: weights that are rearranged already, which cannot be undone without loss.
     """
     refuse_repacked(model)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_arrangement(model)
     return model
 
 

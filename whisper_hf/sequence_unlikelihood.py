@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .metrics import sequence_repetition
-from .model.diversity import IGNORED
+from .model.diversity import IGNORED, without_adapter
 from .objectives.published import repeated_ngrams, sequence_unlikelihood
 from .writing import continue_prompts
 
@@ -187,7 +187,7 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
 
 def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
     """Return the logits of the last `count` tokens, `[R, count, V]`; most models compute no others."""
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = without_adapter(model)
     accepts = "logits_to_keep" in inspect.signature(type(base).forward).parameters
     options: dict[str, Any] = {"logits_to_keep": count} if accepts else {}
     shown = batch["attention_mask"]

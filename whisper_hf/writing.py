@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .model.diversity import IGNORED
+from .model.diversity import IGNORED, without_adapter
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def writing(model: Any, **settings: Any) -> Iterator[None]:
         model (`PreTrainedModel`, or wrapped by peft).
         settings: of the `GenerationConfig`; ids of special tokens that are not given are the model's.
     """
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = without_adapter(model)
     own = base.generation_config
     special = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     modes = [(module, module.training) for module in model.modules()]  # a frozen part may be in evaluation alone
@@ -76,5 +76,5 @@ def continue_prompts(
 
 def end_tokens(model: Any) -> list[int]:
     """Return the ids that end a text: none, one or several."""
-    ends = getattr(model, "get_base_model", lambda: model)().generation_config.eos_token_id
+    ends = without_adapter(model).generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..model.diversity import without_adapter
 from ..objectives import Head
 
 # what a head of `n` tokens returns, to learn what the model does to it: next to nothing, a little, more than any cap
@@ -118,7 +119,7 @@ def attention_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     Raises:
         ValueError: the model does not say which of its modules are attention layers.
     """
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = without_adapter(model)
     kind = (getattr(base, "_can_record_outputs", None) or {}).get("attentions")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(

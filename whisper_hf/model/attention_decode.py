@@ -90,7 +90,7 @@ def _attend_last(
         attended = blocks.shape[2] * size - -length % size
         gathered = (_gather_blocks(states, blocks, size)[:, :, :attended] for states in (key, value))
         # under autocast, RoPE widens keys and queries
-        keys, values = (unpack(states, query.dtype).to(query.dtype) for states in gathered)
+        keys, values = (unpack(states).to(query.dtype) for states in gathered)
         output = scaled_dot_product_attention(packed, keys, values, scale=scaling)
     return output.view(batch, -1, 1, output.shape[3])
 

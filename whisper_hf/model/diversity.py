@@ -157,6 +157,11 @@ def diverse_causal_lm_loss(
     return loss + diversity.contrast_weight * penalty / count
 
 
+def without_adapter(model: Any) -> Any:
+    """Return the model beneath one that peft has wrapped, or the model itself."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 def use_diversity(model: Any, diversity: Any = True) -> Any:
     """Train a causal language model of any family with the objective that encourages diversity, in place.
 
@@ -170,7 +175,7 @@ def use_diversity(model: Any, diversity: Any = True) -> Any:
     Raises:
         ValueError: a model without `loss_function` or with another loss than that of causal language models.
     """
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = without_adapter(model)
     vars(base).pop("_loss_function", None)
     hook = vars(base).pop("_diversity_hook", None)
     if hook is not None:

@@ -238,6 +238,13 @@ class WhisperLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+def keep_4bit_arrangement(model: Any) -> None:
+    """Keep bitsandbytes from rearranging 4-bit weights, in place."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 class WhisperLMPreTrainedModel(PreTrainedModel):
     """What all Whisper language model classes share: weights, saving with code, and the attention that is available."""
 
@@ -262,9 +269,7 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
         a faster product with few rows; saved, dequantized or trained on after that, they are wrong.
         """
         loaded = super().from_pretrained(*args, **kwargs)
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        keep_4bit_arrangement(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
