@@ -21,13 +21,13 @@ from transformers import (
     Trainer,
 )
 
-from whisper_hf import int8_cpu
-from whisper_hf.int8_cpu import Int8CpuConfig, Int8Linear, quantize_weight
+from whisper_hf.quantization import Int8CpuConfig, int8_cpu, int8_linear
+from whisper_hf.quantization.int8_linear import Int8Linear, quantize_weight
 
 from .conftest import LENGTH, SIZES, tiny_model, tokens
 
 pytestmark = pytest.mark.skipif(
-    int8_cpu.ENGINE not in torch.backends.quantized.supported_engines, reason="this torch has no fbgemm"
+    int8_linear.ENGINE not in torch.backends.quantized.supported_engines, reason="this torch has no fbgemm"
 )
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "whisper_lm": tiny_model,
@@ -92,7 +92,7 @@ def test_error_is_bounded_by_the_rounding_of_activations(
     bits: int, rows: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if narrow:
-        monkeypatch.setattr(int8_cpu, "_saturates", lambda: True)
+        monkeypatch.setattr(int8_linear, "_saturates", lambda: True)
     layer = linear(bits=bits)
     inputs = torch.randn(rows, 96) * torch.logspace(-3, 3, rows)[:, None] + 0.3
     difference = (layer(inputs) - reference(layer, inputs)).abs()
@@ -118,7 +118,7 @@ def test_product_matches_integer_arithmetic(bits: int) -> None:
 
 def test_single_row_matches_torch_dynamic_quantization() -> None:
     layer, inputs = linear(bits=8, bias=False), torch.randn(1, 96)
-    rounded = torch.quantize_per_tensor_dynamic(inputs, torch.quint8, int8_cpu._saturates())
+    rounded = torch.quantize_per_tensor_dynamic(inputs, torch.quint8, int8_linear._saturates())
     exact = (rounded.int_repr().long() - rounded.q_zero_point()) @ layer.int8_weight().long().T
     expected = (exact * rounded.q_scale()).float() * layer.weight_scale
     torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-6)

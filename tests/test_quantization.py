@@ -28,15 +28,24 @@ from transformers import (
     TrainingArguments,
 )
 
-from whisper_hf import WhisperLMForCausalLM, quantization
-from whisper_hf.merging import merge_adapter
-from whisper_hf.quantization import RECIPES, disable_cpu_repacking, quantize, recipe
+from whisper_hf import Int8CpuConfig, WhisperLMForCausalLM
+from whisper_hf.quantization import (
+    RECIPES,
+    checkpoints,
+    disable_cpu_repacking,
+    merge_adapter,
+    quantize,
+    recipe,
+    recipes,
+)
+from whisper_hf.quantization.__main__ import main
+from whisper_hf.quantization.int8_linear import Int8Linear
 
 from .conftest import LENGTH, SPARSE, tiny_model, tokens
 
 # rows of whole 4-bit blocks; all weights are quantized in blocks of 64
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "initializer_range": 0.1}
-KINDS = {"int8": Linear8bitLt, "nf4": Linear4bit, "nf4-double": Linear4bit}
+KINDS = {"int8": Linear8bitLt, "nf4": Linear4bit, "nf4-double": Linear4bit, "int8-cpu": Int8Linear}
 KL = {"int8": 0.01, "nf4": 0.2, "nf4-double": 0.2}  # nats per token from full precision, of random weights
 LAYERS = 2 * 7
 BY_HAND = {
@@ -44,6 +53,8 @@ BY_HAND = {
     "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "nf4-double": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
 }
+
+BITSANDBYTES = list(BY_HAND)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,7 @@ def folder(folders) -> Path:
 
 def exact(name: str) -> BitsAndBytesConfig:
     """Return a recipe that computes in the float32 of the tiny models."""
-    return recipe(name, None if name == "int8" else torch.float32)
+    return recipe(name, torch.float32 if name.startswith("nf4") else None)
 
 
 def load(folder: Path, config: BitsAndBytesConfig | None = None, **options: Any) -> Any:
@@ -87,7 +98,7 @@ def kl(expected: Tensor, got: Tensor) -> float:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_every_linear_layer_is_quantized_and_nothing_else(folders, name: str, dtype, tied: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders[tied], quantization_config=recipe(name), dtype=dtype)
     assert type(model) is WhisperLMForCausalLM
@@ -107,7 +118,7 @@ def test_every_linear_layer_is_quantized_and_nothing_else(folders, name: str, dt
     assert sum("norm" in path for path in others) == 2 * 4 + 1
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_forward_is_near_full_precision_and_sparse(folder, name: str) -> None:
     model = load(folder, exact(name))
     expected, got = logits(load(folder)), logits(model)
@@ -118,7 +129,7 @@ def test_forward_is_near_full_precision_and_sparse(folder, name: str) -> None:
     assert kl(got, logits(dense)) > 2 * kl(expected, got)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_int8_alone_quantizes_activations(folder, name: str) -> None:
     layer = load(folder, exact(name)).model.layers[0].mlp.up_proj
     weight = functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB) if name == "int8" else None
@@ -132,7 +143,7 @@ def test_int8_alone_quantizes_activations(folder, name: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "quantized", None])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_generates_what_the_forward_pass_predicts(folder, name: str, cache: str | None) -> None:
     model = load(folder, exact(name))
     options = {"cache_implementation": cache, "use_cache": cache is not None}
@@ -156,7 +167,7 @@ def test_generates_what_the_forward_pass_predicts(folder, name: str, cache: str 
         assert torch.equal(outputs.sequences[:, LENGTH:], expected.argmax(-1))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_left_padding_equals_no_padding(folder, name: str) -> None:
     model = load(folder, exact(name))
     padded = torch.nn.functional.pad(tokens(), (37, 0))
@@ -168,7 +179,7 @@ def test_left_padding_equals_no_padding(folder, name: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_reloaded_logits_are_bitwise_equal(folders, tmp_path, name: str, tied: bool) -> None:
     model = load(folders[tied], exact(name))
     expected = logits(model)
@@ -181,7 +192,7 @@ def test_reloaded_logits_are_bitwise_equal(folders, tmp_path, name: str, tied: b
     assert torch.equal(logits(load(tmp_path / "second")), expected)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_without_help_a_new_model_saves_reloads_and_generates(folder, tmp_path, name: str) -> None:
     """No call of ours: what is saved before it is used is right on every CPU."""
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BY_HAND[name])
@@ -194,7 +205,7 @@ def test_without_help_a_new_model_saves_reloads_and_generates(folder, tmp_path, 
     assert torch.equal(reloaded.generate(tokens(), max_new_tokens=8, do_sample=False, eos_token_id=None), generated)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_dequantized_model_is_dense_and_predicts_the_same(folder, name: str) -> None:
     model = load(folder, exact(name))
     expected = logits(model)
@@ -267,7 +278,7 @@ def trained(folders, tmp_path_factory, paragraphs, tokenizer) -> Callable[[str],
     return train
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_stock_trainer_trains_an_adapter(trained, folder, name: str) -> None:
     model, adapter = trained(name)  # asserts that the loss falls, between evaluations too
     assert sum(isinstance(module, KINDS[name]) for module in model.modules()) == LAYERS
@@ -276,7 +287,7 @@ def test_stock_trainer_trains_an_adapter(trained, folder, name: str) -> None:
     assert kl(logits(load(folder, exact(name))), logits(model)) > 0.1
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_gradients_after_an_evaluation_are_those_before(folder, name: str) -> None:
     model = lora(load(folder, exact(name)), init_lora_weights=False)
     before = gradients(model)
@@ -286,7 +297,7 @@ def test_gradients_after_an_evaluation_are_those_before(folder, name: str) -> No
         assert torch.equal(gradient, before[key]), key
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BITSANDBYTES)
 def test_merged_equals_dequantized_base_with_adapter(trained, folder, tmp_path, name: str) -> None:
     model, adapter = trained(name)
     trained_with = logits(model)
@@ -376,13 +387,14 @@ def test_weights_that_were_rearranged_are_refused(folder, tmp_path) -> None:
 
 
 def test_recipes_are_standard_config_objects() -> None:
-    assert {type(recipe(name)) for name in RECIPES} == {BitsAndBytesConfig}
+    assert {type(recipe(name)) for name in BITSANDBYTES} == {BitsAndBytesConfig}
+    assert recipe("int8-cpu").to_dict() == Int8CpuConfig().to_dict()
     for name, by_hand in BY_HAND.items():
         assert exact(name).to_dict() == by_hand.to_dict()
     double = recipe("nf4-double", torch.float16)
     assert (double.bnb_4bit_use_double_quant, double.bnb_4bit_compute_dtype) == (True, torch.float16)
     assert recipe("nf4").bnb_4bit_compute_dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="unknown recipe 'int4'; expected one of int8, nf4, nf4-double"):
+    with pytest.raises(ValueError, match="unknown recipe 'int4'; expected one of int8, nf4, nf4-double, int8-cpu"):
         recipe("int4")
     with pytest.raises(ValueError, match=r"multiplies integers, got compute_dtype=torch\.float32"):
         recipe("int8", torch.float32)
@@ -398,15 +410,16 @@ def test_quantize_writes_a_checkpoint_and_a_report(folder, tokenizer, tmp_path, 
     report = quantize(tmp_path / "source", tmp_path / "new" / name, name, progress=lines.append)
     target = tmp_path / "new" / name
     assert report == json.loads((target / "quantization.json").read_text())
-    assert lines == ["quantizing on cpu", "saving", "comparing with the source"]
+    assert lines == ["running the source", "quantizing on cpu", "saving", "comparing with the source"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
 
     size = report["linear_weights"]
     assert size["layers"] == LAYERS
     assert size["weights"] == 2 * (2 * 512 * 256 + 2 * 512 * 128 + 3 * 512 * 1024)
     assert size["bytes_before"] == 4 * size["weights"]
-    assert size["ratio_to_float32"] < {"int8": 0.26, "nf4": 0.15, "nf4-double": 0.14}[name]
-    assert set(report["versions"]) == {"transformers", "bitsandbytes", "torch"}
+    assert size["ratio_to_float32"] < {"int8": 0.26, "nf4": 0.15, "nf4-double": 0.14, "int8-cpu": 0.26}[name]
+    assert set(report["versions"]) - {"bitsandbytes"} == {"transformers", "torch"}
+    assert ("bitsandbytes" in report["versions"]) == (name in BITSANDBYTES)
     assert report["kept"]["model.layers.*.input_layernorm.weight"] == {
         "parameters": 2 * 512,
         "dtype": "float32",
@@ -420,11 +433,12 @@ def test_quantize_writes_a_checkpoint_and_a_report(folder, tokenizer, tmp_path, 
 
     quantized = load(target)
     assert sum(isinstance(module, KINDS[name]) for module in quantized.modules()) == LAYERS
-    assert quantized.config.quantization_config.bnb_4bit_compute_dtype == torch.float32
+    if name in BITSANDBYTES:
+        assert quantized.config.quantization_config.bnb_4bit_compute_dtype == torch.float32
     assert torch.equal(logits(quantized), logits(load(tmp_path / "source", exact(name))))
     assert quantized.generation_config.temperature == 0.5
     assert {"modeling_whisper_lm.py", "configuration_whisper_lm.py"} < {path.name for path in target.glob("*.py")}
-    ids = AutoTokenizer.from_pretrained(target)(quantization.SAMPLE, return_tensors="pt")["input_ids"][:, :512]
+    ids = AutoTokenizer.from_pretrained(target)(checkpoints.SAMPLE, return_tensors="pt")["input_ids"][:, :512]
     full = logits(load(tmp_path / "source"), ids)
     comparison = report["comparison"]
     assert comparison["tokens"] == ids.shape[1] > LENGTH
@@ -458,6 +472,10 @@ def test_quantize_takes_other_families_configs_and_dtypes(tmp_path, config_class
     [
         ({"recipe": "int4"}, "unknown recipe 'int4'"),
         ({"recipe": BitsAndBytesConfig()}, "a BitsAndBytesConfig of 4 or 8 bits"),
+        ({"recipe": "int8-cpu", "device": "meta"}, "does not run on the device 'meta'"),
+        ({"keep": 1.0}, "at least 0 and below 1, got 1.0"),
+        ({"keep": 0.1}, "needs a text and a tokenizer, got no tokenizer"),
+        ({"keep": 0.1, "text": None}, "got no text"),
         ({"device": "meta"}, "does not run on the device 'meta'"),
         ({"device": "nonsense"}, "does not run on the device 'nonsense'"),
         pytest.param(
@@ -466,10 +484,9 @@ def test_quantize_takes_other_families_configs_and_dtypes(tmp_path, config_class
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         ({"dtype": "int32"}, "floating dtype .* got 'int32'"),
-        ({"text": "Some text."}, "needs a tokenizer"),
+        ({"text": "Some text."}, "got no tokenizer"),
         ({"recipe": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[""])}, "linear layers, got none"),
     ],
-    ids=["name", "empty config", "meta", "nonsense", "cuda", "dtype", "text", "nothing left"],
 )
 def test_quantize_refuses_what_cannot_run(folder, tmp_path, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -490,7 +507,7 @@ def test_quantize_refuses_the_wrong_source_or_target_before_loading(folder, trai
             quantize(source, tmp_path / "target", "int8")
     with pytest.raises(ValueError, match="not an empty folder"):
         quantize(folder, tmp_path / "quantized", "int8")
-    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(recipes, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="pip install -U bitsandbytes"):
         quantize(folder, tmp_path / "target", "int8")
     assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
@@ -500,7 +517,7 @@ def test_a_quantization_that_fails_half_way_leaves_nothing(folder, tmp_path, mon
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(quantization, "kept", fail)
+    monkeypatch.setattr(checkpoints, "kept", fail)
     with pytest.raises(OSError, match="no space"):
         quantize(folder, tmp_path / "target", "int8")
     assert not any(tmp_path.iterdir())
@@ -516,7 +533,7 @@ def test_command_line(folder, tokenizer, tmp_path_factory, tmp_path, capsys) -> 
     assert "linear weights take 0.1" in done.stdout
     (tmp_path / "text").write_text("It is a truth universally acknowledged", encoding="utf-8")
     shared = ["--recipe", "int8", "--text", str(tmp_path / "text"), "--device", "cpu"]
-    quantization.main([str(folder), str(tmp_path / "int8"), *shared])
+    main([str(folder), str(tmp_path / "int8"), *shared])
     report = json.loads((tmp_path / "int8" / "quantization.json").read_text())
     assert 5 < report["comparison"]["tokens"] < 50
     assert "inputs will be cast" not in capsys.readouterr().err
@@ -526,7 +543,7 @@ def test_command_line(folder, tokenizer, tmp_path_factory, tmp_path, capsys) -> 
         ([str(tmp_path / "missing"), str(tmp_path / "new"), *shared], "missing"),
     ):
         with pytest.raises(SystemExit) as error:
-            quantization.main(arguments)
+            main(arguments)
         assert error.value.code == 2
         assert words in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "nf4", "text"]

@@ -16,7 +16,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .int8_cpu import Int8CpuConfig
 from .model.attention import masked_sparse_attention_forward
 from .model.cache_quantized import QuantizedSparseCache
 from .model.configuration_whisper_lm import DiversityConfig, SparseAttentionConfig, WhisperLMConfig
@@ -28,6 +27,7 @@ from .model.modeling_whisper_lm import (
     WhisperLMModel,
     WhisperLMPreTrainedModel,
 )
+from .quantization.int8_cpu import Int8CpuConfig
 
 if TYPE_CHECKING:
     from .conversion import convert_checkpoint, from_dense, to_dense

@@ -4,11 +4,12 @@
     python examples/benchmarks/quantization.py --only int8 nf4-double --tokens 1024
 
 The model is a WhisperLM with a budget of 416 tokens, on one CPU thread. Ways to quantize are the recipes of
-`whisper_hf.quantization` and `Int8CpuConfig`; `cache` adds keys and values in 8 bits; `recovered` has a LoRA adapter
-that learnt on the quantized weights, for `--steps` steps, what the float32 model predicts for another novel. Measured
-are
+`whisper_hf.quantization` and `Int8CpuConfig`; `kept` leaves the most sensitive layers in float32; `cache` adds keys and
+values in 8 bits; `compensated` adds a LoRA adapter that starts as the best correction of its rank; `recovered` has then
+learnt on the quantized weights, for `--steps` steps, what the float32 model predicts. For all three another novel is
+read. Measured are
 
-- bytes of the checkpoint on disk, of the linear layers, and of keys and values (both in memory),
+- bytes on disk, of the linear layers, and of keys and values (both in memory), adapters included,
 - perplexity of a novel, read in chunks of 256 tokens from the cache, and the mean KL divergence from float32, in nats,
 - the repetition (seq-rep-4) of 16 greedy continuations of 96 tokens,
 - time of float32 over its time, in turns: a prompt of 1,024 tokens, and each token written after it (above 1: faster).
@@ -39,9 +40,10 @@ from transformers import default_data_collator as collate
 from transformers.utils import logging
 
 from whisper_hf import DistillationConfig, DistillationTrainer, Int8CpuConfig, QuantizedSparseCache, from_dense
-from whisper_hf.int8_cpu import Int8Linear
 from whisper_hf.metrics import sequence_repetition
-from whisper_hf.quantization import disable_cpu_repacking, recipe
+from whisper_hf.quantization import compensate, layer_divergences, most_sensitive, recipe
+from whisper_hf.quantization.int8_linear import Int8Linear
+from whisper_hf.quantization.sensitivity import keep_layers
 from whisper_hf.writing import continue_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,16 +53,20 @@ BOOKS = Path(__file__).resolve().parents[1] / "data"
 SPARSE = {"block_size": 32, "topk_blocks": 8, "local_blocks": 4, "sink_blocks": 1}
 CHUNK, PROMPT, NEW = 256, 1024, 16  # tokens
 WRITTEN, PREFIX, LENGTH = 16, 64, 96
+KEPT, MEASURED = 0.045, 512  # share of the linear layers' weights, chosen on so many tokens
+RANK, CALIBRATION = 12, 2048  # of adapters, and tokens that they start from
 ROW, RATE = 384, 3e-4  # recovery: tokens of a row, learning rate
 
 
 @dataclass(frozen=True)
 class Way:
-    """How weights are held, whether the cache has 8 bits, and whether an adapter has learnt to make up for it."""
+    """How weights are held, whether the cache has 8 bits, and whether an adapter makes up for it, trained or not."""
 
     recipe: str | Int8CpuConfig | None = None
     dtype: torch.dtype = torch.float32
+    kept: bool = False
     cache: bool = False
+    compensated: bool = False
     recovered: bool = False
 
     def new_cache(self, model: Model) -> Any:
@@ -73,25 +79,39 @@ WAYS = {
     "bfloat16": Way(dtype=torch.bfloat16),
     "float32, cache": Way(cache=True),
     "int8": Way("int8"),
+    "int8, kept": Way("int8", kept=True),
     "int8-cpu": Way(Int8CpuConfig()),
     "int8-cpu and head": Way(Int8CpuConfig(quantize_head=True)),
     "int8-cpu, 8 bits": Way(Int8CpuConfig(activation_bits=8)),
     "nf4": Way("nf4"),
+    "nf4, cache": Way("nf4", cache=True),
     "nf4-double": Way("nf4-double"),
-    "nf4-double, cache": Way("nf4-double", cache=True),
-    "nf4-double, recovered": Way("nf4-double", recovered=True),
-    "nf4-double, recovered, cache": Way("nf4-double", recovered=True, cache=True),
+    "nf4-double, kept": Way("nf4-double", kept=True),
+    "nf4-double, compensated": Way("nf4-double", compensated=True),
+    "nf4-double, recovered": Way("nf4-double", compensated=True, recovered=True),
+    "nf4-double, recovered, cache": Way("nf4-double", compensated=True, recovered=True, cache=True),
 }
 
 
-def load(source: Path, way: Way) -> Model:
+def load(source: Path, way: Way) -> Any:
     """Return the model, without its adapter."""
     if way.recipe is None:
         return AutoModelForCausalLM.from_pretrained(source, dtype=way.dtype).eval()
     config: Any = way.recipe
     if isinstance(config, str):
         config = recipe(config, None if config == "int8" else torch.float32)
+    if way.kept:
+        choose_layers(source, way, config)
     return AutoModelForCausalLM.from_pretrained(source, dtype=way.dtype, quantization_config=config).eval()
+
+
+def choose_layers(source: Path, way: Way, config: Any) -> None:
+    """Let a config keep the layers that lose most; measured once."""
+    path, model = source.parent / f"divergences-{way.recipe}.json", load(source, Way())
+    if not path.exists():
+        ids = read_book(source, "sense_and_sensibility")[None, :MEASURED]
+        path.write_text(json.dumps(layer_divergences(model, config, ids)))
+    keep_layers(model, config, most_sensitive(model, json.loads(path.read_text()), KEPT))
 
 
 def read_book(source: Path, name: str) -> Tensor:
@@ -101,8 +121,8 @@ def read_book(source: Path, name: str) -> Tensor:
     return torch.tensor([token for ids in tokenized for token in ids])
 
 
-def bytes_on_disk(model: Model) -> int:
-    """Return the size of the weights of a saved checkpoint."""
+def bytes_on_disk(model: Any) -> int:
+    """Return the size of the weights of a saved checkpoint or adapter."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
@@ -173,25 +193,31 @@ def measure_speed(model: Model, reference: Model, way: Way, ids: Tensor) -> dict
     return speeds
 
 
-def recover(model: Model, teacher: Model, ids: Tensor, steps: int, folder: Path) -> PeftModel:
-    """Train an adapter on quantized weights to predict what the teacher does, or load the one that was trained."""
-    disable_cpu_repacking(model)
-    adapter = folder / f"adapter-{steps}"
-    if adapter.exists():
+def adapt(model: Model, teacher: Model, way: Way, ids: Tensor, options: argparse.Namespace) -> PeftModel:
+    """Return the model with an adapter that makes up for quantization, loaded if it was trained before."""
+    adapter = options.output / f"adapter-{options.steps}"
+    if way.recovered and adapter.exists():
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    set_seed(0)
+    student = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
+    compensate(student, teacher, ids[:CALIBRATION].split(ROW))
+    if way.recovered:
+        recover(student, teacher, ids, options.steps, options.output)
+        student.save_pretrained(adapter)
+    return student.eval()
+
+
+def recover(student: PeftModel, teacher: Model, ids: Tensor, steps: int, folder: Path) -> None:
+    """Train an adapter on quantized weights to predict what the teacher does."""
     rows = ids[: len(ids) // ROW * ROW].view(-1, ROW).tolist()
     data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
     schedule = {"max_steps": steps, "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": steps // 10}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     device = {"use_cpu": True, "dataloader_pin_memory": False, "bf16": False, "per_device_train_batch_size": 2}
     args = DistillationConfig(str(folder), **schedule, **quiet, **device)
-    set_seed(0)
-    student = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     trainer = DistillationTrainer(student, teacher, args, train_dataset=data, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    student.save_pretrained(adapter)
-    return student.eval()
 
 
 def run(name: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -199,11 +225,13 @@ def run(name: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
     way, reference = WAYS[name], load(source, Way())
     book = read_book(source, "northanger_abbey")
     model = load(source, way)
-    sizes = {"disk_bytes": bytes_on_disk(model), "linear_bytes": linear_bytes(model)}
-    if way.recovered:
-        model = recover(model, reference, read_book(source, "sense_and_sensibility"), options.steps, options.output)
-    quality = measure_quality(model, reference, way, book[: options.tokens])
-    measured = {**sizes, **quality, "repetition": repetition(model, way, book)}
+    disk_bytes, base = bytes_on_disk(model), model
+    if way.compensated:
+        model = adapt(model, reference, way, read_book(source, "sense_and_sensibility"), options)
+        disk_bytes += bytes_on_disk(model)
+    measured = {"disk_bytes": disk_bytes, "linear_bytes": linear_bytes(base)}
+    measured |= measure_quality(model, reference, way, book[: options.tokens])
+    measured["repetition"] = repetition(model, way, book)
     measured |= measure_speed(model, reference, way, book)
     print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in measured.items()), flush=True)
     return {"way": name, **measured}

@@ -37,6 +37,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -260,6 +261,20 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
         "hidden_states": WhisperLMDecoderLayer,
         "attentions": WhisperLMAttention,
     }
+
+    def __init__(self, config: WhisperLMConfig, *args: Any, **kwargs: Any) -> None:
+        """Refuse weights of an unknown kind, which transformers would read as if they were none.
+
+        Raises:
+            ValueError: a checkpoint in a quantization that needs a package to be imported.
+        """
+        quantization = getattr(config, "quantization_config", None)
+        if isinstance(quantization, dict) and not AutoHfQuantizer.supports_quant_method(quantization):
+            raise ValueError(
+                f"the checkpoint is quantized by {quantization['quant_method']!r}, which transformers does not know; "
+                "import the package that brings it before loading: int8-cpu comes with `import whisper_hf`"
+            )
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

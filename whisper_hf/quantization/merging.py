@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from .folders import new_folder, save_tokenizer
-from .quantization import RECIPES, dtype_of, refuse_repacked, resolve
+from ..folders import new_folder, save_tokenizer
+from .recipes import RECIPES, dtype_of, refuse_repacked, resolve
 
 
 def merge_adapter(
