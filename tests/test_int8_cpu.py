@@ -1,5 +1,8 @@
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -294,6 +297,35 @@ def test_saved_models_are_the_same(
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("quantized", "again")]
     assert files[0] == files[1]
     assert again.config.quantization_config.quantize_head == head
+
+
+FRESH = """
+import sys, torch
+{before}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust})
+torch.save(model(torch.load(sys.argv[2]), use_cache=False).logits, sys.argv[3])
+"""
+
+
+def test_fresh_processes(source: Path, tmp_path: Path) -> None:
+    """With the plugin the logits are the same; without it, what would be read as floats is refused."""
+    model = load(source)
+    model.save_pretrained(tmp_path / "quantized")
+    torch.save(tokens(), tmp_path / "ids.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(tmp_path / name) for name in ("quantized", "ids.pt", "logits.pt")]
+
+    def run(before: str, trust: bool) -> subprocess.CompletedProcess:
+        code = FRESH.format(before=before, trust=trust)
+        return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+
+    done = run("import whisper_hf", trust=False)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
+    done = run("sys.modules['whisper_hf'] = None", trust=True)
+    assert "ValueError: the checkpoint is quantized by 'int8-cpu'" in done.stderr
+    assert "comes with `import whisper_hf`" in done.stderr
 
 
 def test_one_digit_is_close_too(source: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..folders import new_folder, save_tokenizer
-from .recipes import RECIPES, dtype_of, refuse_repacked, resolve
+from .int8_cpu import Int8CpuConfig
+from .int8_linear import METHOD
+from .recipes import RECIPES, QuantizationConfig, dtype_of, refuse_repacked, resolve
 
 
 def merge_adapter(
@@ -17,7 +19,7 @@ def merge_adapter(
     target: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
-    recipe: str | BitsAndBytesConfig | None = None,
+    recipe: str | QuantizationConfig | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     max_shard_size: str | int = "50GB",
@@ -40,9 +42,9 @@ def merge_adapter(
         hub_kwargs: for loading the base, such as `revision` or `trust_remote_code`.
 
     Raises:
-        ValueError: a target that holds something, a base that is not quantized (or a recipe for one that is), more than
-            one active adapter, one that cannot be merged or that changes tied embeddings, or 4-bit weights that
-            bitsandbytes has rearranged (see [`disable_cpu_repacking`]).
+        ValueError: a target that holds something, a base that is not quantized (or a recipe for one that is, or one for
+            inference alone), more than one active adapter, one that cannot be merged or that changes tied embeddings,
+            or 4-bit weights that bitsandbytes has rearranged (see [`disable_cpu_repacking`]).
     """
     from peft import PeftModel
 
@@ -103,7 +105,7 @@ def _base_of(adapter: Any, base: Any, hub_kwargs: dict[str, Any]) -> tuple[Any, 
 
 
 def _missing_quantization(
-    base: Any, recipe: str | BitsAndBytesConfig | None, hub_kwargs: dict[str, Any]
+    base: Any, recipe: str | QuantizationConfig | None, hub_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return how a base must be quantized when it is loaded, if its checkpoint is not."""
     if getattr(AutoConfig.from_pretrained(base, **hub_kwargs), "quantization_config", None) is not None:
@@ -115,7 +117,10 @@ def _missing_quantization(
             f"the base {str(base)!r} is not quantized; pass the recipe in which it was loaded for training, one of "
             f"{', '.join(RECIPES)}, or, if it was trained in full precision, use peft's own merge_and_unload"
         )
-    return {"quantization_config": resolve(recipe, None)}
+    config = resolve(recipe, None)
+    if isinstance(config, Int8CpuConfig):
+        raise ValueError(f"adapters are not trained in {METHOD}, which is for inference; name the recipe that was used")
+    return {"quantization_config": config}
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
