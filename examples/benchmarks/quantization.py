@@ -55,7 +55,7 @@ CHUNK, PROMPT, NEW = 256, 1024, 16  # tokens
 WRITTEN, PREFIX, LENGTH = 16, 64, 96
 KEPT, MEASURED = 0.045, 512  # share of the linear layers' weights, chosen on so many tokens
 RANK, CALIBRATION = 12, 2048  # of adapters, and tokens that they start from
-ROW, RATE = 384, 3e-4  # recovery: tokens of a row, learning rate
+ROW, RATE = 384, 1e-3  # recovery: tokens of a row, learning rate
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--tokens", type=int, default=4096, help="of the novel that quality is measured on (default: %(default)s)")
-    add("--steps", type=int, default=40, help="of recovery (default: %(default)s)")
+    add("--steps", type=int, default=200, help="of recovery (default: %(default)s)")
     add("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
     add("--output", type=Path, default=Path("runs/quantization"), help="folder (default: %(default)s)")
     options = parser.parse_args()
