@@ -1,5 +1,7 @@
 """Block selection against a second statement of its rules, in plain Python, one query at a time."""
 
+import math
+
 import pytest
 import torch
 
@@ -21,8 +23,11 @@ def allowed_in_plain_python(query, key, document, shown, settings) -> torch.Tens
             blocks = [past[start : start + size] for start in range(0, len(past), size)]
             current = len(blocks) - 1
             fixed = {b for b in range(len(blocks)) if b < settings.sink_blocks or b > current - settings.local_blocks}
-            summed = query[head * group : (head + 1) * group, token].sum(0)
-            scores = {b: float(summed @ key[head, block].mean(0)) for b, block in enumerate(blocks) if b not in fixed}
+            scores = dict.fromkeys(set(range(current)) - fixed, -math.inf)
+            for own in query[head * group : (head + 1) * group, token]:
+                products = [float(own @ key[head, block].mean(0)) for block in blocks[:current]]
+                for b in scores:
+                    scores[b] = max(scores[b], products[b] - max(products))
             best = sorted(scores, key=lambda b: (scores[b], b), reverse=True)[: settings.topk_blocks]
             for b in fixed | set(best):
                 allowed[head, token, blocks[b]] = True

@@ -92,7 +92,7 @@ def _attend(
     with maybe_autocast(query.device.type, enabled=False):
         for head in _heads(layout, query, key, value, block_size):
             queries, keys, values = head.of_queries(query), head.of_keys(key), head.of_keys(value)
-            picked = choose_blocks(queries.float().sum(1), keys.float(), head.plan, settings)
+            picked = choose_blocks(queries.float(), keys.float(), head.plan, settings)
             result, sums = forward_head(queries, keys, values, scaling, picked, head.plan, settings)
             head.put_queries(output, result)
             head.put_queries(lse[..., None], sums[..., None])

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .configuration_whisper_lm import SparseAttentionConfig
 from .packing import unpack
-from .sparse_selection import content_order, query_slots, top_recent
+from .sparse_selection import block_scores, content_order, query_slots, top_recent
 
 
 def attention_decode(
@@ -59,7 +59,7 @@ def attention_decode(
     if block_means is None:
         block_means = mean_blocks(key, slot_of, settings.block_size)
     grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # [B, K, T, G, D]
-    picked, is_picked = _pick_blocks(grouped.float().sum(3), block_means, last, settings)
+    picked, is_picked = _pick_blocks(grouped.float(), block_means, last, settings)
     content, allowed = _tokens(picked, is_picked, last, settings.block_size)  # [B, K, T, P * C]
     slots = content if slot_of is None else slot_of[:, None, None].expand(*content.shape[:3], -1).gather(3, content)
 
@@ -85,8 +85,9 @@ def _attend_last(
     with maybe_autocast(query.device.type, enabled=False):
         if settings.topk_blocks:
             means = mean_blocks(key, None, size) if means is None else means
-            scores = packed.detach().float().sum(2, keepdim=True) @ means[:, :, first:end].detach().transpose(2, 3)
-            blocks = torch.cat([top_recent(scores[:, :, 0], settings.topk_blocks) + first, blocks], dim=2)
+            past = means[:, :, : (length - 1) // size].detach()
+            scores = block_scores(packed.detach().float() @ past.transpose(2, 3))[..., first:end]
+            blocks = torch.cat([top_recent(scores, settings.topk_blocks) + first, blocks], dim=2)
         attended = blocks.shape[2] * size - -length % size
         gathered = (_gather_blocks(states, blocks, size)[:, :, :attended] for states in (key, value))
         # under autocast, RoPE widens keys and queries
@@ -131,13 +132,14 @@ def _content(
 
 @torch.no_grad()
 def _pick_blocks(
-    group_query: Tensor, block_means: Tensor, last: Tensor, settings: SparseAttentionConfig
+    query: Tensor, block_means: Tensor, last: Tensor, settings: SparseAttentionConfig
 ) -> tuple[Tensor, Tensor]:
-    """Return sink, local and chosen blocks of each query, `[B, K, T, P]`, and which of them it really attends to."""
+    """Return sink, local and chosen blocks, `[B, K, T, P]`, of queries `[B, K, T, G, D]`, and which it attends to."""
     current = (last.div(settings.block_size, rounding_mode="floor"))[:, None, :, None]  # [B or 1, 1, T, 1]
     block = torch.arange(block_means.shape[2], device=last.device)
     is_candidate = (block >= settings.sink_blocks) & (block <= current - settings.local_blocks)
-    scores = (group_query @ block_means.transpose(2, 3)).masked_fill(~is_candidate, float("-inf"))
+    scores = block_scores(query @ block_means[:, :, None].transpose(3, 4), block < current)
+    scores = scores.masked_fill(~is_candidate, float("-inf"))
     chosen = top_recent(scores, settings.topk_blocks)
     local = current - torch.arange(settings.local_blocks, device=last.device)
     sink = torch.arange(settings.sink_blocks, device=last.device)
@@ -146,7 +148,7 @@ def _pick_blocks(
         (local, local >= 0),
         (chosen, scores.gather(3, chosen) > float("-inf")),
     )
-    shape = (*group_query.shape[:3], -1)
+    shape = (*query.shape[:3], -1)
     return tuple(torch.cat([part[i].expand(shape) for part in parts], dim=3) for i in (0, 1))  # type: ignore[return-value]
 
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from .configuration_whisper_lm import SparseAttentionConfig
-from .sparse_selection import query_slots, top_recent
+from .sparse_selection import block_scores, query_slots, top_recent
 
 QUERIES_PER_TILE = 1024  # handled at once: their rows and logits stay in a core's cache
+QUERIES_PER_CHOICE = 256
 
 
 @dataclass(frozen=True)
@@ -104,38 +105,46 @@ def _plan_row(document: Tensor | None, slots: Tensor, key_length: int, block_siz
     return RowPlan(keys, queries, last_key, query_block, first_block, key_bounds, bounds.tolist(), documents, band)
 
 
-def choose_blocks(group_query: Tensor, key: Tensor, plan: RowPlan, settings: SparseAttentionConfig) -> Tensor:
+def choose_blocks(query: Tensor, key: Tensor, plan: RowPlan, settings: SparseAttentionConfig) -> Tensor:
     """Choose the best-scoring candidate blocks of every query of one row and key head, a tile of queries at a time.
 
     Args:
-        group_query (`[Q, D]`, float32): sum of the group's queries.
+        query (`[Q, G, D]`, float32): queries of the group.
         key (`[M, D]`, float32): content keys.
         plan, settings: of the row.
 
     Returns:
         `[Q, topk_blocks]`, int32: blocks in no particular order; `N` where there are fewer candidates.
     """
-    num_queries, num_blocks, topk = len(group_query), len(plan.key_bounds) - 1, settings.topk_blocks
+    num_queries, num_blocks, topk = len(query), len(plan.key_bounds) - 1, settings.topk_blocks
     chosen = torch.full((num_queries, topk), num_blocks, dtype=torch.int32, device=key.device)
     if not topk or not num_blocks:
         return chosen
     means = _block_means(key, plan, settings.block_size)
     first = plan.first_block + settings.sink_blocks
     last = plan.query_block - settings.local_blocks
-    for start in range(0, num_queries, QUERIES_PER_TILE):
-        tile = slice(start, min(start + QUERIES_PER_TILE, num_queries))
-        low, high = int(first[tile].min()), int(last[tile].max()) + 1
-        if low < high:
-            block = torch.arange(low, high, device=key.device)
-            scores = group_query[tile] @ means[low:high].T
-            every = max(int(first[tile].max()) - low, 0), max(int(last[tile].min()) + 1 - low, 0)  # candidates for all
-            for columns in (slice(0, every[0]), slice(every[1], None)):
-                excluded = (block[columns] < first[tile, None]) | (block[columns] > last[tile, None])
-                scores[:, columns].masked_fill_(excluded, float("-inf"))
-            best = top_recent(scores, topk)
-            found = scores.gather(1, best) > float("-inf")
-            chosen[tile, : best.shape[1]] = torch.where(found, best + low, num_blocks).int()
+    for start in range(0, num_queries, QUERIES_PER_CHOICE):
+        tile = slice(start, min(start + QUERIES_PER_CHOICE, num_queries))
+        if int((last - first)[tile].max()) < 0:
+            continue
+        low, high = int(plan.first_block[tile].min()), int(plan.query_block[tile].max())
+        products = (query[tile].flatten(0, 1) @ means[low:high].T).view(-1, query.shape[1], high - low)
+        _exclude(products, plan.first_block[tile, None], plan.query_block[tile, None] - 1, low)
+        scores = block_scores(products)
+        _exclude(scores, first[tile], last[tile], low)
+        best = top_recent(scores, topk)
+        found = scores.gather(1, best) > float("-inf")
+        chosen[tile, : best.shape[1]] = torch.where(found, best + low, num_blocks).int()
     return chosen
+
+
+def _exclude(scores: Tensor, first: Tensor, last: Tensor, low: int) -> None:
+    """Set to minus infinity, in place, the scores `[..., n]` of blocks `low`, … outside `first` to `last` (`[...]`)."""
+    block = torch.arange(low, low + scores.shape[-1], device=scores.device)
+    every = max(int(first.max()) - low, 0), max(int(last.min()) + 1 - low, 0)  # what is inside for all
+    for columns in (slice(0, every[0]), slice(every[1], None)):
+        excluded = (block[columns] < first[..., None]) | (block[columns] > last[..., None])
+        scores[..., columns].masked_fill_(excluded, float("-inf"))
 
 
 def _block_means(key: Tensor, plan: RowPlan, block_size: int) -> Tensor:

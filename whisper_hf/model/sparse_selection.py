@@ -14,7 +14,7 @@
 """Who may see whom: the content layout of a batch, and the blocks that each query selects.
 
 Legend: `B` batch, `T` query tokens, `S` key slots (`T` of them hold the queries' own keys, the rest come from a
-cache), `H` query heads, `K` key-value heads, `D` head dimension, `N` blocks.
+cache), `H` query heads, `K` key-value heads, `G = H / K` heads per group, `D` head dimension, `N` blocks.
 
 A *layout* is an int32 tensor `[B, 1, 1, S]` that says of each key slot: `d > 0`, a visible token of document `d`;
 `-d`, a token of document `d` that the attention mask hides; `0`, nothing written yet. The queries are the last `T`
@@ -105,8 +105,8 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
     """Restrict a causal mask to the sink, local and best-scoring blocks of each query.
 
     Each query numbers the keys it sees 0, 1, 2, … (their *content positions*); block `b` holds the content positions
-    `[b * block_size, (b + 1) * block_size)`. The score of a block is the product of the sum of the group's queries
-    with the mean of the block's keys, in float32; ties go to the more recent block. No gradient flows through.
+    `[b * block_size, (b + 1) * block_size)`. Blocks are scored by [`block_scores`], in float32, from the products of
+    queries with the mean of the block's keys; ties go to the more recent block. No gradient flows through.
 
     Args:
         query (`[B, H, T, D]`, any float): queries as attention sees them.
@@ -122,17 +122,38 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
     block_of_key = position // settings.block_size  # [B, 1, T, S]
     current = block_of_key[..., -1:]
 
+    grouped = query.float().unflatten(1, (key.shape[1], -1))  # [B, K, G, T, D]
     with maybe_autocast(query.device.type, enabled=False):
-        group_query = query.float().unflatten(1, (key.shape[1], -1)).sum(2)  # [B, K, T, D]
-        products = (group_query @ key.float().transpose(2, 3)).masked_fill(~visible, 0.0)
-    scores = products.new_zeros(*products.shape[:3], num_blocks)
+        products = (grouped @ key.float()[:, :, None].transpose(3, 4)).masked_fill(~visible[:, :, None], 0.0)
+    sums = products.new_zeros(*products.shape[:4], num_blocks)
     # the mean of a block's products is the product with its mean: every candidate block is complete
-    scores = scores.scatter_add(-1, block_of_key.expand_as(products), products) / settings.block_size
+    sums = sums.scatter_add(-1, block_of_key[:, :, None].expand_as(products), products)
 
     block = torch.arange(num_blocks, device=key.device)
     fixed = (block < settings.sink_blocks) | (block > current - settings.local_blocks)
-    chosen = fixed | top_blocks(scores, (block <= current) & ~fixed, settings.topk_blocks)
-    return chosen.gather(-1, block_of_key.expand_as(products)) & visible
+    past = block < current
+    scores = block_scores((sums / settings.block_size).transpose(2, 3), past)
+    chosen = fixed | top_blocks(scores, past & ~fixed, settings.topk_blocks)
+    return chosen.gather(-1, block_of_key.expand(*chosen.shape[:3], -1)) & visible
+
+
+def block_scores(products: Tensor, past: Tensor | None = None) -> Tensor:
+    """Reduce what each head of a group makes of the blocks to one score per block.
+
+    A head's product with a block's mean key counts relative to its largest one with any complete block of its past,
+    sinks and local blocks included: so heads with large logits do not outvote the others, and those that look elsewhere
+    anyway have no say. The score is the largest over the heads.
+
+    Args:
+        products (`[..., G, N]`, float32): of each head's query with the blocks' means; may be overwritten.
+        past (broadcastable to `[..., N]`, bool): complete blocks of the query's past; `None`: all.
+
+    Returns:
+        `[..., N]`, float32: at most 0, which each head's favourite has; arbitrary outside the past.
+    """
+    if past is not None:
+        products = products.masked_fill(~past[..., None, :], float("-inf"))
+    return products.sub_(products.amax(-1, keepdim=True)).amax(-2)
 
 
 def top_blocks(scores: Tensor, candidate: Tensor, topk: int) -> Tensor:
