@@ -35,7 +35,7 @@ class SparseAttentionConfig:
     """What each token may attend to, in blocks of `block_size` consecutive tokens of its own document.
 
     A query in block `c` sees the first `sink_blocks` blocks, the `local_blocks` blocks that end with `c`, and the
-    `topk_blocks` blocks among the remaining past ones whose mean key fits it best. Sequences of at most
+    `topk_blocks` blocks among the remaining past ones whose mean keys fit its query heads best. Sequences of at most
     `budget_blocks * block_size` tokens are attended densely.
 
     Args:
