@@ -58,7 +58,7 @@ def test_bad_assignment_is_found_before_it_is_saved(tmp_path) -> None:
 
 def test_defaults() -> None:
     config = WhisperLMConfig()
-    assert config.sparse_attention == SparseAttentionConfig(64, 16, 8, 1)
+    assert config.sparse_attention == SparseAttentionConfig(32, 32, 16, 2)
     assert config.layer_types == ["masked_sparse_attention"] * config.num_hidden_layers
     assert config.head_dim == 64
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}

@@ -53,7 +53,8 @@ BOOKS = Path(__file__).resolve().parents[1] / "data"
 SPARSE = {"block_size": 32, "topk_blocks": 8, "local_blocks": 4, "sink_blocks": 1}
 CHUNK, PROMPT, NEW = 256, 1024, 16  # tokens
 WRITTEN, PREFIX, LENGTH = 16, 64, 96
-KEPT, MEASURED = 0.045, 512  # share of the linear layers' weights, chosen on so many tokens
+KEPT = {"int8": 0.06, "nf4-double": 0.045}  # share of the linear layers' weights: up to 0.30 and 0.17 of float32
+MEASURED = 512  # tokens that they are chosen on
 RANK, CALIBRATION = 12, 2048  # of adapters, and tokens that they start from
 ROW, RATE = 384, 1e-3  # recovery: tokens of a row, learning rate
 
@@ -111,7 +112,7 @@ def choose_layers(source: Path, way: Way, config: Any) -> None:
     if not path.exists():
         ids = read_book(source, "sense_and_sensibility")[None, :MEASURED]
         path.write_text(json.dumps(layer_divergences(model, config, ids)))
-    keep_layers(model, config, most_sensitive(model, json.loads(path.read_text()), KEPT))
+    keep_layers(model, config, most_sensitive(model, json.loads(path.read_text()), KEPT[way.recipe]))
 
 
 def read_book(source: Path, name: str) -> Tensor:

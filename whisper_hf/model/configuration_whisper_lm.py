@@ -39,19 +39,19 @@ class SparseAttentionConfig:
     `budget_blocks * block_size` tokens are attended densely.
 
     Args:
-        block_size (`int`, defaults to 64): tokens per block; a power of two, at least 16.
-        topk_blocks (`int`, defaults to 16): blocks chosen by score, per token and key-value head; at least 0.
-        local_blocks (`int`, defaults to 8): most recent blocks, the query's own included; at least 1.
-        sink_blocks (`int`, defaults to 1): first blocks of the document; at least 0.
+        block_size (`int`, defaults to 32): tokens per block; a power of two, at least 16.
+        topk_blocks (`int`, defaults to 32): blocks chosen by score, per token and key-value head; at least 0.
+        local_blocks (`int`, defaults to 16): most recent blocks, the query's own included; at least 1.
+        sink_blocks (`int`, defaults to 2): first blocks of the document; at least 0.
 
     Raises:
         ValueError: a value outside its range, or (`from_value`) an unknown name.
     """
 
-    block_size: int = 64
-    topk_blocks: int = 16
-    local_blocks: int = 8
-    sink_blocks: int = 1
+    block_size: int = 32
+    topk_blocks: int = 32
+    local_blocks: int = 16
+    sink_blocks: int = 2
 
     MINIMUM: ClassVar[dict[str, int]] = {"block_size": 16, "topk_blocks": 0, "local_blocks": 1, "sink_blocks": 0}
 
