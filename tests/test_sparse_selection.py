@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from whisper_hf.model.configuration_whisper_lm import SparseAttentionConfig
-from whisper_hf.model.sparse_selection import content_layout, query_slots, selected_keys, top_blocks, visible_keys
+from whisper_hf.model.sparse_selection import (
+    block_scores,
+    content_layout,
+    query_slots,
+    selected_keys,
+    top_blocks,
+    visible_keys,
+)
 
 SETTINGS = SparseAttentionConfig(block_size=16, topk_blocks=2, local_blocks=2, sink_blocks=1)
 
@@ -109,3 +116,18 @@ def test_selection_carries_no_gradient() -> None:
     query = torch.randn(1, 2, 100, 8, requires_grad=True)
     visible = visible_keys(None, query_slots(None, 100, 100, query.device), 100)
     assert not selected_keys(query, query, visible, SETTINGS).requires_grad
+
+
+def test_each_head_scores_for_itself() -> None:
+    loud, quiet = [90.0, 70.0, 10.0, 80.0], [0.0, 5.0, 4.0, 1.0]
+    assert block_scores(torch.tensor([loud, quiet])).tolist() == [0.0, 0.0, -1.0, -4.0]
+    shifted = torch.tensor([loud, quiet]) + torch.tensor([[-500.0], [3.0]])
+    assert block_scores(shifted).tolist() == [0.0, 0.0, -1.0, -4.0]
+
+
+def test_only_the_past_counts() -> None:
+    products = torch.tensor([[[1.0, 3.0, 9.0], [6.0, 2.0, 7.0]]])
+    scores = block_scores(products.clone(), torch.tensor([True, True, False]))
+    assert scores[0, :2].tolist() == [0.0, 0.0]
+    changed = block_scores(products + torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False]))
+    assert torch.equal(changed[0, :2], scores[0, :2])
