@@ -329,9 +329,9 @@ def test_fresh_processes(source: Path, tmp_path: Path) -> None:
 
 
 def test_one_digit_is_close_too(source: Path) -> None:
-    full = AutoModelForCausalLM.from_pretrained(source)
-    difference = {bits: (logits(load(source, activation_bits=bits)) - logits(full)).std() for bits in (8, 16)}
-    assert difference[16] < difference[8] < 0.1 * logits(full).std()
+    exact = logits(load(source).dequantize())  # the same weights, activations as they are
+    difference = {bits: (logits(load(source, activation_bits=bits)) - exact).std() for bits in (8, 16)}
+    assert 10 * difference[16] < difference[8] < 0.1 * exact.std()
 
 
 def test_untied_head(save: Callable[[PreTrainedModel], Path]) -> None:
