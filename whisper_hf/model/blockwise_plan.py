@@ -27,7 +27,7 @@ from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import block_scores, query_slots, top_recent
 
 QUERIES_PER_TILE = 1024  # handled at once: their rows and logits stay in a core's cache
-QUERIES_PER_CHOICE = 256
+QUERIES_PER_CHOICE = 256  # fewer, since each head of a group has a row for every block
 
 
 @dataclass(frozen=True)
