@@ -1,6 +1,6 @@
 """Which blocks are worth attending to: ways to choose them, side by side on a dense model as it is.
 
-    python examples/benchmarks/selection.py                                  # about an hour on one core
+    python examples/benchmarks/selection.py                                  # about two hours on one core
     python examples/benchmarks/selection.py --budget 1600 --only dense "heads, 32" --skip perplexity
     python examples/benchmarks/selection.py --model MODEL --text FILE FILE   # any dense Llama, any texts
 
