@@ -59,7 +59,7 @@ class Int8CpuConfig(QuantizationConfigMixin):
         self.activation_bits = activation_bits
 
 
-def kept_modules(model: PreTrainedModel, config: Int8CpuConfig) -> list[str]:
+def unconverted_modules(model: PreTrainedModel, config: Int8CpuConfig) -> list[str]:
     """Return what is not converted, as transformers' own methods decide it, and what the config adds."""
     keep = set(get_keys_to_not_convert(model))
     head = model.get_output_embeddings()
@@ -126,7 +126,7 @@ class Int8CpuQuantizer(HfQuantizer):
         Raises:
             ValueError: no linear layer.
         """
-        keep = [*kept_modules(model, self.quantization_config), *(model._keep_in_fp32_modules or ())]
+        keep = [*unconverted_modules(model, self.quantization_config), *(model._keep_in_fp32_modules or ())]
         names = [
             name
             for name, module in model.named_modules()

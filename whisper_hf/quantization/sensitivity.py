@@ -7,8 +7,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-from . import int8_cpu
-from .int8_cpu import Int8CpuConfig
+from .int8_cpu import Int8CpuConfig, unconverted_modules
 from .recipes import QuantizationConfig, quantized_layer
 from .report import divergence, logits
 
@@ -83,7 +82,7 @@ def check_share(share: float) -> None:
 def kept_modules(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
     """Return the names of modules that a config leaves as they are in this model."""
     if isinstance(config, Int8CpuConfig):
-        return int8_cpu.kept_modules(model, config)
+        return unconverted_modules(model, config)
     return sorted(config.llm_int8_skip_modules or get_keys_to_not_convert(model))
 
 
