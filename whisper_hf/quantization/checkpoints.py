@@ -112,12 +112,8 @@ def quantize(
         if ids is not None:
             say("comparing with the source")
             report["comparison"] = compare(before, logits(disable_cpu_repacking(model), ids))
-        packages = (
-            "transformers",
-            "torch",
-            *(["bitsandbytes"] if isinstance(quantization, BitsAndBytesConfig) else []),
-        )
-        report["versions"] = {name: version(name) for name in packages}
+        own = ["bitsandbytes"] if isinstance(quantization, BitsAndBytesConfig) else []
+        report["versions"] = {name: version(name) for name in ["transformers", "torch", *own]}
         Path(folder, REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

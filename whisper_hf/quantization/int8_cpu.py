@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -60,8 +59,8 @@ class Int8CpuConfig(QuantizationConfigMixin):
 
 
 def unconverted_modules(model: PreTrainedModel, config: Int8CpuConfig) -> list[str]:
-    """Return what is not converted, as transformers' own methods decide it, and what the config adds."""
-    keep = set(get_keys_to_not_convert(model))
+    """Return what is not converted, as transformers decides it for its own methods, and what the config adds."""
+    keep = set(HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules))
     head = model.get_output_embeddings()
     if config.quantize_head and head is not None:
         keep -= {name for name, module in model.named_modules() if module is head}
@@ -126,7 +125,7 @@ class Int8CpuQuantizer(HfQuantizer):
         Raises:
             ValueError: no linear layer.
         """
-        keep = [*unconverted_modules(model, self.quantization_config), *(model._keep_in_fp32_modules or ())]
+        keep = unconverted_modules(model, self.quantization_config)
         names = [
             name
             for name, module in model.named_modules()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
@@ -28,7 +28,7 @@ def layer_divergences(model: PreTrainedModel, config: QuantizationConfig, input_
     Raises:
         ValueError: no linear layer.
     """
-    skipped = [*kept_modules(model, config), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    skipped = kept_modules(model, config)
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -83,7 +83,8 @@ def kept_modules(model: PreTrainedModel, config: QuantizationConfig) -> list[str
     """Return the names of modules that a config leaves as they are in this model."""
     if isinstance(config, Int8CpuConfig):
         return unconverted_modules(model, config)
-    return sorted(config.llm_int8_skip_modules or get_keys_to_not_convert(model))
+    skipped = config.llm_int8_skip_modules
+    return sorted(HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules))
 
 
 def keep_layers(model: PreTrainedModel, config: QuantizationConfig, names: list[str]) -> None:
