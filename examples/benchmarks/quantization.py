@@ -1,6 +1,6 @@
 """What each way of quantizing SmolLM2-135M-Instruct saves, and what it costs: quality, loops, bytes and time.
 
-    python examples/benchmarks/quantization.py                          # everything: about forty minutes on two cores
+    python examples/benchmarks/quantization.py                          # everything: about an hour on one core
     python examples/benchmarks/quantization.py --only int8 nf4-double --tokens 1024
 
 The model is a WhisperLM with a budget of 416 tokens, on one CPU thread. Ways to quantize are the recipes of
