@@ -12,6 +12,7 @@ from whisper_hf.model.sparse_selection import (
     query_slots,
     selected_keys,
     top_blocks,
+    top_recent,
     visible_keys,
 )
 
@@ -94,6 +95,21 @@ def test_top_blocks_marks_candidates_only() -> None:
     assert top_blocks(scores, candidate, 2).tolist() == [[True, False, False, True, False]]
     assert top_blocks(scores, candidate, 9).tolist() == candidate.tolist()
     assert not top_blocks(scores, candidate, 0).any()
+
+
+@pytest.mark.parametrize("rows", [3, 300])  # few are sorted by torch, many are parted by numpy
+def test_the_largest_are_found_among_many_equals(rows: int) -> None:
+    scores = torch.randint(0, 5, (rows, 2, 40)).float()
+    scores[scores == 0] = -math.inf
+    scores[0] = -math.inf
+    scores[1] = torch.randn(2, 40)
+    for topk in (1, 7, 39):
+        found = top_recent(scores.clone(), topk).sort(-1).values.flatten(0, 1)
+        for row, indices in zip(scores.flatten(0, 1).tolist(), found.tolist(), strict=True):
+            best = sorted(range(40), key=lambda b: (row[b], b), reverse=True)[:topk]
+            there = [b for b in best if row[b] > -math.inf]
+            assert [b for b in indices if row[b] > -math.inf] == sorted(there)
+            assert len(set(indices)) == topk
 
 
 def test_budget_of_zero_topk_is_sink_and_window_only() -> None:
