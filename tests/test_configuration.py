@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from whisper_hf import SparseAttentionConfig, WhisperLMConfig
 
@@ -72,6 +72,15 @@ def test_round_trip_through_json_and_copy(tmp_path) -> None:
     assert loaded.to_dict() == {**config.to_dict(), "_name_or_path": loaded._name_or_path}
     assert loaded.sparse_attention == config.sparse_attention
     assert copy.deepcopy(config).to_dict() == config.to_dict()
+
+
+def test_transformers_alone_reads_what_is_saved_for_sparse_layers(tmp_path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    assert PreTrainedConfig.from_pretrained(tmp_path).vocab_size == tiny_config().vocab_size  # as `AutoTokenizer` does
+    assert WhisperLMConfig.from_pretrained(tmp_path).layer_types == tiny_config().layer_types
+    mixed = tiny_config(layer_types=["full_attention", *tiny_config().layer_types[1:]])
+    mixed.save_pretrained(tmp_path)
+    assert WhisperLMConfig.from_pretrained(tmp_path).layer_types == mixed.layer_types
 
 
 def test_covers_counts_whole_blocks() -> None:

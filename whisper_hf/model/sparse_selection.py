@@ -22,7 +22,6 @@ written slots. `None` stands for one document without hidden tokens. A layout ha
 passes four-dimensional masks on untouched, and one row because nothing about it is quadratic.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
@@ -199,7 +198,7 @@ def _top_and_next(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu" or scores.numel() < LEAST_TO_PARTITION:
         return scores.topk(topk + 1)
     following = scores.shape[-1] - 1 - topk
-    indices = torch.from_numpy(np.argpartition(scores.numpy(), following)[..., following:]).flip(-1)
+    indices = torch.from_numpy(scores.numpy().argpartition(following)[..., following:]).flip(-1)
     return scores.gather(-1, indices), indices
 
 
