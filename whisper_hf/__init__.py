@@ -30,6 +30,7 @@ from .model.modeling_whisper_lm import (
 from .quantization.int8_cpu import Int8CpuConfig
 
 if TYPE_CHECKING:
+    from .cards import model_card
     from .conversion import convert_checkpoint, from_dense, to_dense
     from .distillation import DistillationConfig, DistillationTrainer
     from .diversity_callback import DiversityCallback
@@ -49,6 +50,7 @@ _LAZY = {
     "DiversityCallback": "diversity_callback",
     "SequenceUnlikelihoodCallback": "sequence_unlikelihood",
     "layer_importance": "importance",
+    "model_card": "cards",
     "student_from": "students",
 }
 
@@ -96,6 +98,7 @@ __all__ = [
     "from_dense",
     "layer_importance",
     "masked_sparse_attention_forward",
+    "model_card",
     "student_from",
     "to_dense",
     "use_diversity",

@@ -288,8 +288,8 @@ class WhisperLMConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the fields that are saved.
 
-        Layers that are all sparse, as by default, go unnamed: the type is unknown to transformers alone, which reads the
-        file for `AutoTokenizer` where neither this package nor its code is to be run.
+        Layers that are all sparse, as by default, go unnamed: the type is unknown to transformers alone, which reads
+        the file for `AutoTokenizer` where neither this package nor its code is to be run.
         """
         output = super().to_diff_dict()
         if set(self.layer_types) == {MASKED_SPARSE_ATTENTION}:
