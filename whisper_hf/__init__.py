@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .model.attention import masked_sparse_attention_forward
+from .model.attention import masked_sparse_attention_forward, sparse_backend
 from .model.cache_quantized import QuantizedSparseCache
 from .model.configuration_whisper_lm import DiversityConfig, SparseAttentionConfig, WhisperLMConfig
 from .model.diversity import use_diversity
@@ -99,6 +99,7 @@ __all__ = [
     "layer_importance",
     "masked_sparse_attention_forward",
     "model_card",
+    "sparse_backend",
     "student_from",
     "to_dense",
     "use_diversity",

@@ -3,6 +3,7 @@
     python examples/benchmarks/attention.py                      # 1k to 32k tokens, about five minutes
     python examples/benchmarks/attention.py --longest 131072     # to 128k: half an hour, nearly all of it dense
     python examples/benchmarks/attention.py --compare            # also whole layers, and that of MiniMax-M3, to 4k
+    python examples/benchmarks/attention.py --device cuda        # another table, on a GPU: see attention_cuda.py
 
 Prints ratios of medians (dense over sparse: above 1, sparse is faster), and writes them with the times and a plot to
 `--output`. Shapes: 8 query heads, 2 key-value heads, head dimension 64, float32, blocks of 64.
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import attention_cuda
 import torch
 from layers import NOTE, is_available, measure_layers, report_layers
 from measuring import alternate, peak_memory
@@ -190,14 +192,21 @@ def plot(rows: list[dict], flops: float, path: Path) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--longest", type=int, default=32768, help="longest sequence, in tokens (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--longest", type=int, help="longest sequence, in tokens (default: 32768; on a GPU 131072)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each comparison (default: %(default)s)")
     parser.add_argument(
         "--only", help="measure only what contains this, such as 'decode', 'forward, random' or 'layer'"
     )
     parser.add_argument("--compare", action="store_true", help="also whole layers, and that of MiniMax-M3, up to 4k")
-    parser.add_argument("--output", type=Path, default=Path("runs/attention"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/attention; on a GPU model_cards/benchmarks)")
     options = parser.parse_args()
+    on_gpu = options.device == "cuda"
+    options.longest = options.longest or (attention_cuda.LONGEST if on_gpu else 32768)
+    options.output = options.output or Path("model_cards/benchmarks" if on_gpu else "runs/attention")
+    if on_gpu:
+        attention_cuda.main(options)
+        return
     if options.longest < 1024:
         parser.error(f"--longest must be at least 1024, got {options.longest}")
     if options.compare and not is_available():

@@ -19,6 +19,7 @@ The shape legend is that of `sparse_selection.py`.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,30 @@ from .sparse_selection import content_layout, query_slots, selected_keys, visibl
 
 MASKED_SPARSE = "masked_sparse"
 QUERIES_PER_STEP = 512  # bounds the score matrix of the reference to this many rows
+BACKENDS = ("auto", "stock", "triton")
+_backend = "auto"
+
+
+@contextmanager
+def sparse_backend(name: str) -> Iterator[None]:
+    """Choose what computes masked sparse attention in a `with` block, recomputation by gradient checkpointing included.
+
+    Args:
+        name (`str`): `"auto"`, the default, takes the Triton kernels for CUDA tensors where it can, and stock PyTorch
+            operations elsewhere; `"stock"` always takes these; `"triton"` takes the kernels, or raises a `ValueError`
+            that says what keeps it from them.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"the backends of masked_sparse attention are {list(BACKENDS)}, got {name!r}")
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
 
 
 def masked_sparse_mask(
@@ -254,13 +279,55 @@ def _sparse_attention(
     settings: SparseAttentionConfig,
     block_means: Tensor | None,
 ) -> Tensor:
-    """Dispatch: gather the blocks of each query by itself, or take each block once for all queries."""
+    """Dispatch: to Triton on a GPU; else gather the blocks of each query by itself, or take each once for all."""
+    if _backend == "triton" or (_backend == "auto" and query.is_cuda):
+        output = _triton_attention(query, key, value, layout, scaling, settings, block_means)
+        if output is not None:
+            return output
     query_length = query.shape[2]
     gathered = query_length * settings.budget_blocks * settings.block_size  # keys, with repetitions
     # on a CPU, gathering wins until it reads two (at 64k keys) to ten times (at 4k, blocks of 32) as much as there is
     if query_length == 1 or (layout is None and gathered <= 2 * key.shape[2]):
         return attention_decode(query, key, value, layout, scaling, settings, block_means)
     return attention_blockwise(query, unpack(key, query.dtype), unpack(value, query.dtype), layout, scaling, settings)
+
+
+def _triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor | None,
+    scaling: float,
+    settings: SparseAttentionConfig,
+    block_means: Tensor | None,
+) -> Tensor | None:
+    """Attend by the Triton kernels; where they cannot, return `None`, or raise if they were asked for by name."""
+    from .attention_triton import attention_triton, unmet_condition  # brings triton along
+    from .triton_decode import attention_triton_decode
+
+    needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    is_decoding = query.shape[2] == 1 and not needs_grad
+    if not is_decoding:
+        key, value = unpack(key, query.dtype), unpack(value, query.dtype)
+    wanted = query.dtype
+    if key.is_floating_point() and value.is_floating_point():
+        query, key, value = _one_dtype(query, key, value)
+    unmet = unmet_condition(query, key, value, settings)
+    if unmet is None and is_decoding:
+        return attention_triton_decode(query, key, value, layout, scaling, settings, block_means).to(wanted)
+    if unmet is None:
+        return attention_triton(query, key, value, layout, scaling, settings).to(wanted)
+    if _backend == "triton":
+        raise ValueError(f'the Triton kernels {unmet}; or leave it to sparse_backend("auto")')
+    return None
+
+
+def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors in autocast's dtype where it is on (RoPE widens queries and keys there), or in the widest."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    if torch.is_autocast_enabled(query.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def explicit_mask(

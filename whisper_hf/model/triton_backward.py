@@ -1,0 +1,283 @@
+# Copyright 2026 The whisper_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The gradient of masked sparse attention, in Triton.
+
+As forward, each block meets the queries that chose it once, gathered: that yields their share of the block's gradients
+and, for each pair, a partial gradient of the query. A kernel by query tile adds these to the gradient through sinks and
+local blocks, one by block adds the local queries' share of the block's gradients, and the many far queries of a sink
+block are shared out among programs first. Every sum has one owner and a fixed order: no atomics, the same bits every
+time. Weights are recomputed from log-sum-exps, as FlashAttention does (https://arxiv.org/abs/2205.14135).
+
+The legend is that of `triton_forward.py`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .configuration_whisper_lm import SparseAttentionConfig
+from .triton_backward_queries import differentiate_queries, sum_products
+from .triton_forward import chunks
+from .triton_optional import VARYING, tl, triton
+from .triton_plan import TritonPlan
+from .triton_tiling import Tiling
+
+
+@triton.jit
+def weigh(queries, grads, lse, delta, keys, values, visible, scaling):
+    """Return weights and gradients of the logits of rows (`[R, n]`) with keys and values, both transposed."""
+    logits = tl.dot(queries, keys, input_precision="tf32x3") * scaling
+    # at most 1, also where the log-sum-exp is that of other keys or was rounded
+    weights = tl.where(visible, tl.exp2(tl.minimum(logits - lse[:, None], 0.0)), 0.0)
+    return weights, weights * (tl.dot(grads, values, input_precision="tf32x3") - delta[:, None])
+
+
+@triton.jit
+def _add_rows(
+    query, grad, lse, delta, at_query, at_grad, at_row, is_row, keys, values, visible, scaling, key_grad, value_grad,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Add what rows of queries, by their offsets, give to a block's gradients; return also the logits' gradient."""
+    dim, value_dim = tl.arange(0, DP), tl.arange(0, EP)
+    queries = tl.load(query + at_query[:, None] + dim[None, :], mask=is_row[:, None] & (dim[None, :] < D), other=0.0)
+    grad_mask = is_row[:, None] & (value_dim[None, :] < E)
+    grads = tl.load(grad + at_grad[:, None] + value_dim[None, :], mask=grad_mask, other=0.0)
+    sums = tl.load(lse + at_row, mask=is_row, other=0.0)
+    centre = tl.load(delta + at_row, mask=is_row, other=0.0)
+    weights, logit_grad = weigh(queries, grads, sums, centre, keys, values, visible, scaling)
+    logit_grad = logit_grad.to(queries.dtype)
+    value_grad = tl.dot(tl.trans(weights.to(grads.dtype)), grads, value_grad, input_precision="tf32x3")
+    key_grad = tl.dot(tl.trans(logit_grad), queries, key_grad, input_precision="tf32x3")
+    return key_grad, value_grad, logit_grad
+
+
+@triton.jit
+def _add_range(
+    query, grad, lse, delta, last, begin, end, query_row, position, keys, values, scaling, key_grad, value_grad,
+    query_stride_b, query_stride_h, query_stride_t, grad_stride_b, grad_stride_h, grad_stride_t, num_tokens,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries numbered `begin` to `end`, of one document, give to the gradients of a block of keys."""
+    head = tl.program_id(1)
+    row = tl.arange(0, TOKENS * GP)
+    group = row % GP
+    q_head = (head * G + group).to(tl.int64)
+    lse_base = (query_row.to(tl.int64) * tl.num_programs(1) * G + q_head) * num_tokens
+    query_base = query_row.to(tl.int64) * query_stride_b + q_head * query_stride_h
+    grad_base = query_row.to(tl.int64) * grad_stride_b + q_head * grad_stride_h
+    for start in range(begin, end, TOKENS):
+        number = start + row // GP
+        is_row = (number < end) & (group < G)
+        token = (number - query_row * num_tokens).to(tl.int64)
+        seen = tl.load(last + number, mask=is_row, other=-1)
+        key_grad, value_grad, _ = _add_rows(
+            query, grad, lse, delta, query_base + token * query_stride_t, grad_base + token * grad_stride_t,
+            lse_base + token, is_row, keys, values, position[None, :] <= seen[:, None], scaling, key_grad, value_grad,
+            D, DP, E, EP,
+        )  # fmt: skip
+    return key_grad, value_grad
+
+
+@triton.jit
+def _load_block(
+    key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h, value_stride_s,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Load the keys and values of a block, transposed; zeros where it is incomplete."""
+    head, dim, value_dim = tl.program_id(1).to(tl.int64), tl.arange(0, DP), tl.arange(0, EP)
+    key_row = tl.load(blocks + block * 6).to(tl.int64)
+    slot = tl.load(blocks + block * 6 + 1).to(tl.int64) + tl.arange(0, C)
+    is_key = tl.arange(0, C) < tl.load(blocks + block * 6 + 2)
+    key += key_row * key_stride_b + head * key_stride_h
+    value += key_row * value_stride_b + head * value_stride_h
+    key_mask, value_mask = is_key[None, :] & (dim[:, None] < D), is_key[None, :] & (value_dim[:, None] < E)
+    keys = tl.load(key + slot[None, :] * key_stride_s + dim[:, None], mask=key_mask, other=0.0)
+    return keys, tl.load(value + slot[None, :] * value_stride_s + value_dim[:, None], mask=value_mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _pairs_grad_kernel(
+    query, key, value, grad, lse, delta, blocks, starts, pairs, partial, key_sums, value_sums, scaling, factor,
+    query_stride_b, query_stride_h, query_stride_t, key_stride_b, key_stride_h, key_stride_s, value_stride_b,
+    value_stride_h, value_stride_s, grad_stride_b, grad_stride_h, grad_stride_t, num_tokens, first_query, num_pairs,
+    topk, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    C: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Add what a chunk's choosers of a block give to its gradients, and write theirs; a program per block and head."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    list_number = head * tl.num_programs(0) + block
+    begin, end = tl.load(starts + list_number), tl.load(starts + list_number + 1)
+    if begin == end:
+        return
+    keys, values = _load_block(
+        key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h,
+        value_stride_s, D, DP, E, EP, C,
+    )  # fmt: skip
+    query_row = tl.load(blocks + block * 6 + 3)
+    row, dim, value_dim = tl.arange(0, TOKENS * GP), tl.arange(0, DP), tl.arange(0, EP)
+    group = row % GP
+    q_head = (head * G + group).to(tl.int64)
+    lse_base = (query_row.to(tl.int64) * tl.num_programs(1) * G + q_head) * num_tokens
+    query_base = query_row.to(tl.int64) * query_stride_b + q_head * query_stride_h
+    grad_base = query_row.to(tl.int64) * grad_stride_b + q_head * grad_stride_h
+    sums = (list_number.to(tl.int64) * C + tl.arange(0, C))[:, None]
+    key_at, key_mask = key_sums + sums * D + dim[None, :], (dim < D)[None, :]
+    value_at, value_mask = value_sums + sums * E + value_dim[None, :], (value_dim < E)[None, :]
+    key_grad = tl.load(key_at, mask=key_mask & (sums >= 0), other=0.0)
+    value_grad = tl.load(value_at, mask=value_mask & (sums >= 0), other=0.0)
+    for start in range(begin, end, TOKENS):
+        place = start + row // GP
+        is_row = (place < end) & (group < G)
+        pair = tl.load(pairs + place, mask=is_row, other=first_query * topk)
+        token = (pair // topk - query_row * num_tokens).to(tl.int64)
+        key_grad, value_grad, logit_grad = _add_rows(
+            query, grad, lse, delta, query_base + token * query_stride_t, grad_base + token * grad_stride_t,
+            lse_base + token, is_row, keys, values, is_row[:, None], scaling, key_grad, value_grad, D, DP, E, EP,
+        )  # fmt: skip
+        query_grad = tl.dot(logit_grad, tl.trans(keys), input_precision="tf32x3") * factor
+        out = (head.to(tl.int64) * num_pairs + pair - first_query * topk) * G + group
+        at = partial + out[:, None] * D + dim[None, :]
+        tl.store(at, query_grad.to(partial.dtype.element_ty), mask=is_row[:, None] & key_mask)
+    tl.store(key_at, key_grad, mask=key_mask & (sums >= 0))
+    tl.store(value_at, value_grad, mask=value_mask & (sums >= 0))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _sink_kernel(
+    query, key, value, grad, lse, delta, last, blocks, items, key_shares, value_shares, scaling, query_stride_b,
+    query_stride_h, query_stride_t, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h,
+    value_stride_s, grad_stride_b, grad_stride_h, grad_stride_t, num_tokens, G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write the share of a sink block's gradients that some far queries give; a program per item and key head."""
+    item, head = tl.program_id(0), tl.program_id(1)
+    block, begin = tl.load(items + item * 3), tl.load(items + item * 3 + 1)
+    end = tl.load(items + item * 3 + 2)
+    keys, values = _load_block(
+        key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h,
+        value_stride_s, D, DP, E, EP, C,
+    )  # fmt: skip
+    position = (block - tl.load(blocks + block * 6 + 4)) * C + tl.arange(0, C)
+    key_grad, value_grad = tl.zeros([C, DP], dtype=tl.float32), tl.zeros([C, EP], dtype=tl.float32)
+    key_grad, value_grad = _add_range(
+        query, grad, lse, delta, last, begin, end, tl.load(blocks + block * 6 + 3), position, keys, values, scaling,
+        key_grad, value_grad, query_stride_b, query_stride_h, query_stride_t, grad_stride_b, grad_stride_h,
+        grad_stride_t, num_tokens, G, GP, D, DP, E, EP, TOKENS,
+    )  # fmt: skip
+    dim, value_dim = tl.arange(0, DP), tl.arange(0, EP)
+    out = ((item * tl.num_programs(1) + head).to(tl.int64) * C + tl.arange(0, C))[:, None]
+    tl.store(key_shares + out * D + dim[None, :], key_grad, mask=(dim[None, :] < D) & (out >= 0))
+    tl.store(value_shares + out * E + value_dim[None, :], value_grad, mask=(value_dim[None, :] < E) & (out >= 0))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _blocks_kernel(
+    query, key, value, grad, lse, delta, last, blocks, query_start, item_start, key_shares, value_shares, key_sums,
+    value_sums, key_out, value_out, scaling, factor, query_stride_b, query_stride_h, query_stride_t, key_stride_b,
+    key_stride_h, key_stride_s, value_stride_b, value_stride_h, value_stride_s, grad_stride_b, grad_stride_h,
+    grad_stride_t, key_out_stride_b, key_out_stride_h, key_out_stride_s, value_out_stride_b, value_out_stride_h,
+    value_out_stride_s, num_tokens, local_blocks, HAS_SUMS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write a block's gradients: choosers' and far queries' share as summed before, and the local queries'."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    keys, values = _load_block(
+        key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h,
+        value_stride_s, D, DP, E, EP, C,
+    )  # fmt: skip
+    offset, dim, value_dim = tl.arange(0, C)[:, None], tl.arange(0, DP)[None, :], tl.arange(0, EP)[None, :]
+    is_key = offset < tl.load(blocks + block * 6 + 2)
+    key_mask, value_mask = is_key & (dim < D), is_key & (value_dim < E)
+    key_grad, value_grad = tl.zeros([C, DP], dtype=tl.float32), tl.zeros([C, EP], dtype=tl.float32)
+    if HAS_SUMS:
+        at = (head.to(tl.int64) * tl.num_programs(0) + block) * C + offset
+        key_grad += tl.load(key_sums + at * D + dim, mask=key_mask, other=0.0)
+        value_grad += tl.load(value_sums + at * E + value_dim, mask=value_mask, other=0.0)
+    for item in range(tl.load(item_start + block), tl.load(item_start + block + 1)):
+        at = (item * tl.num_programs(1) + head).to(tl.int64) * C + offset
+        key_grad += tl.load(key_shares + at * D + dim, mask=key_mask, other=0.0)
+        value_grad += tl.load(value_shares + at * E + value_dim, mask=value_mask, other=0.0)
+
+    end = tl.minimum(block + local_blocks, tl.load(blocks + block * 6 + 5))
+    position = (block - tl.load(blocks + block * 6 + 4)) * C + tl.arange(0, C)
+    key_grad, value_grad = _add_range(
+        query, grad, lse, delta, last, tl.load(query_start + block), tl.load(query_start + end),
+        tl.load(blocks + block * 6 + 3), position, keys, values, scaling, key_grad, value_grad,
+        query_stride_b, query_stride_h, query_stride_t, grad_stride_b, grad_stride_h, grad_stride_t, num_tokens,
+        G, GP, D, DP, E, EP, TOKENS,
+    )  # fmt: skip
+    key_row = tl.load(blocks + block * 6).to(tl.int64)
+    slot = tl.load(blocks + block * 6 + 1).to(tl.int64) + offset
+    key_out += key_row * key_out_stride_b + head.to(tl.int64) * key_out_stride_h + slot * key_out_stride_s
+    value_out += key_row * value_out_stride_b + head.to(tl.int64) * value_out_stride_h + slot * value_out_stride_s
+    tl.store(key_out + dim, (key_grad * factor).to(key_out.dtype.element_ty), mask=key_mask)
+    tl.store(value_out + value_dim, value_grad.to(value_out.dtype.element_ty), mask=value_mask)
+
+
+def differentiate(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    scaling: float,
+    plan: TritonPlan,
+    tiling: Tiling,
+    settings: SparseAttentionConfig,
+) -> None:
+    """Write the gradients of query, key and value; of keys and values, only of those in a block.
+
+    Args:
+        grad (`[B, H, T, E]`): gradient of the output.
+        output (`[B, H, T, E]`), lse (`[B, H, T]`, contiguous): what [`attend`] wrote.
+        grads: room for the gradients, in the shapes and dtypes of `query`, `key` and `value`.
+        query, key, value, chosen, scaling, plan, tiling, settings: as there.
+    """
+    tokens, kv_heads, topk = query.shape[2], key.shape[1], settings.topk_blocks
+    constants, factor = tiling.constants, scaling * math.log2(math.e)
+    options = {**constants, "TOKENS": tiling.pair_tokens, "num_warps": 8, "num_stages": tiling.stages}
+    delta = sum_products(grad, output, plan, tiling)
+    states = (query, key, value, grad, lse, delta)
+    strides = [stride for each in (query, key, value, grad) for stride in each.stride()[:3]]
+
+    def zeros(count: int, width: int) -> Tensor:
+        return torch.zeros(count, settings.block_size, width, dtype=torch.float32, device=query.device)
+
+    lists = kv_heads * plan.num_blocks if topk else 0
+    sums = zeros(lists, constants["D"]), zeros(lists, constants["E"])
+    for chunk in chunks(query, chosen, plan, constants["D"]):
+        num_pairs = chunk.num_queries * topk
+        partial = query.new_empty(kv_heads, num_pairs, constants["G"], constants["D"])
+        if topk:
+            _pairs_grad_kernel[(plan.num_blocks, kv_heads)](
+                *states, plan.blocks, chunk.starts, chunk.pairs, partial, *sums, factor, scaling, *strides, tokens,
+                chunk.first_query, num_pairs, topk, **options,
+            )  # fmt: skip
+        differentiate_queries(*states, chosen, partial, grads[0], scaling, chunk, plan, tiling, settings)
+
+    num_items = len(plan.items)
+    shares = zeros(num_items * kv_heads, constants["D"]), zeros(num_items * kv_heads, constants["E"])
+    _sink_kernel[(num_items, kv_heads)](
+        *states, plan.last, plan.blocks, plan.items, *shares, factor, *strides, tokens, **options,
+    )  # fmt: skip
+    _blocks_kernel[(plan.num_blocks, kv_heads)](
+        *states, plan.last, plan.blocks, plan.query_start, plan.item_start, *shares, *sums, *grads[1:], factor, scaling,
+        *strides, *grads[1].stride()[:3], *grads[2].stride()[:3], tokens, settings.local_blocks, HAS_SUMS=topk > 0,
+        **options,
+    )  # fmt: skip
