@@ -11,26 +11,36 @@ interruption, `--divergence skewed_kl` changes the loss. Run it with `--help` fo
 """
 
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from smollm2 import smollm2_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from whisper_hf import (
-    DistillationConfig,
-    DistillationTrainer,
-    SparseAttentionConfig,
-    WhisperLMForCausalLM,
-    from_dense,
-    student_from,
-)
+try:
+    # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import datasets
+    from resuming import checkpoint
+    from tabulate import tabulate
+    from transformers import Trainer, default_data_collator
+
+    from whisper_hf import (
+        DistillationConfig,
+        DistillationTrainer,
+        SparseAttentionConfig,
+        WhisperLMForCausalLM,
+        from_dense,
+        student_from,
+    )
+except ImportError as error:
+    raise SystemExit(f"distill.py: {error}; pip install 'whisper-hf[examples]'") from error
 
 BOOKS = Path(__file__).parent / "data"
 DEFAULTS = {
@@ -133,6 +143,13 @@ def student_perplexity(trainer: DistillationTrainer) -> float:
     return math.exp(trainer.evaluate()["eval_cross_entropy"])
 
 
+def report(perplexities: dict[str, float], count: int) -> None:
+    """Print what came out."""
+    rows = [(name.replace("_", " "), value) for name, value in perplexities.items()]
+    print("\n" + tabulate(rows, ["", "perplexity"], floatfmt=".2f"))
+    print(f"per token, on {count} held-out blocks")
+
+
 def parse_arguments() -> tuple[ScriptArguments, DistillationConfig]:
     """Read the command line."""
     parser = HfArgumentParser((ScriptArguments, DistillationConfig), description=(__doc__ or "").split("\n")[0])
@@ -164,13 +181,13 @@ def main() -> None:
         data_collator=default_data_collator,
     )
     perplexities["student_before"] = student_perplexity(trainer)
-    is_last = str(args.resume_from_checkpoint).lower() in ("last", "true")
-    trainer.train(resume_from_checkpoint=True if is_last else args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
     perplexities["student_after"] = student_perplexity(trainer)
     trainer.save_model()
     trainer.save_state()
-    trainer.log_metrics("perplexity", perplexities)
     trainer.save_metrics("perplexity", perplexities)
+    if trainer.is_world_process_zero():
+        report(perplexities, len(held_out))
 
 
 if __name__ == "__main__":

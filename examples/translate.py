@@ -50,11 +50,11 @@ try:
     import datasets
     from accelerate.utils import gather_object
     from peft import LoraConfig, get_peft_model
+    from resuming import checkpoint
     from sacrebleu.metrics import BLEU, CHRF
     from tabulate import tabulate
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
     from transformers.integrations import is_deepspeed_zero3_enabled
-    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise SystemExit(f"translate.py: {error}; pip install 'whisper-hf[examples,metrics]'") from error
 
@@ -330,13 +330,6 @@ def save_numbers(known: dict[str, Any], script: ScriptArguments, trainer: Traine
     device = torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else f"CPU, {threads} thread(s)"
     command = shlex.join(["python", "examples/translate.py", *sys.argv[1:]])
     save_results(Path(trainer.args.output_dir, RESULTS), records, command=command, device=device)
-
-
-def checkpoint(args: TrainingArguments) -> str | None:
-    """Return what to go on from, if anything; a run that was interrupted before its first checkpoint begins anew."""
-    if str(args.resume_from_checkpoint).lower() not in ("last", "true"):
-        return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
 
 
 def save(trainer: Trainer, kind: str) -> None:

@@ -15,6 +15,7 @@ before.
 import base64
 import copy
 import json
+import logging
 import tempfile
 import time
 import zlib
@@ -39,7 +40,6 @@ from transformers import (
     DynamicCache,
     HfArgumentParser,
     StoppingCriteria,
-    set_seed,
 )
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -50,8 +50,11 @@ from whisper_hf.metrics import distinct, diversity, looping_share, self_bleu, se
 from whisper_hf.writing import end_tokens, writing
 
 try:
+    # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import sacrebleu  # noqa: F401 (for self_bleu)
     from tabulate import tabulate
+    from transformers import set_seed
 except ImportError as error:
     raise SystemExit(f"write.py: {error}; pip install 'whisper-hf[examples,metrics]'") from error
 

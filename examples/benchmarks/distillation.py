@@ -30,17 +30,23 @@ from typing import Any
 
 import datasets
 import torch
-from matplotlib.figure import Figure
-from tabulate import tabulate
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Trainer, TrainingArguments
-from transformers import PreTrainedModel as Model
-from transformers import default_data_collator as collate
 from transformers.utils import logging
 
-from whisper_hf import DistillationConfig, DistillationTrainer, WhisperLMConfig, from_dense, student_from
-from whisper_hf.distillation import write_signals
-from whisper_hf.objectives.divergences import SAME_TOKENS
+try:
+    # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
+    logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+    from tabulate import tabulate
+    from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Trainer, TrainingArguments
+    from transformers import PreTrainedModel as Model
+    from transformers import default_data_collator as collate
+
+    from whisper_hf import DistillationConfig, DistillationTrainer, WhisperLMConfig, from_dense, student_from
+    from whisper_hf.distillation import write_signals
+    from whisper_hf.objectives.divergences import SAME_TOKENS
+except ImportError as error:
+    raise SystemExit(f"distillation.py: {error}; pip install 'whisper-hf[examples]'") from error
 
 BOOKS = Path(__file__).resolve().parents[1] / "data"
 LENGTH = 192  # bytes of a row

@@ -31,15 +31,22 @@ from typing import Any
 import torch
 from datasets import Dataset
 from measuring import Run, alternate, peak_memory
-from tabulate import tabulate
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Trainer
-from transformers import default_data_collator as collate
+from transformers.utils import logging
 
-from whisper_hf import DistillationConfig, DistillationTrainer
-from whisper_hf.objectives import Head, TeacherTarget, chunked_distillation_loss, weighted_divergence
+try:
+    # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
+    logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from tabulate import tabulate
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Trainer
+    from transformers import default_data_collator as collate
+
+    from whisper_hf import DistillationConfig, DistillationTrainer
+    from whisper_hf.objectives import Head, TeacherTarget, chunked_distillation_loss, weighted_divergence
+except ImportError as error:
+    raise SystemExit(f"distillation_memory.py: {error}; pip install 'whisper-hf[examples]'") from error
 
 HIDDEN = {32768: 256, 151936: 64}  # V: H, chosen so that the vocabulary dominates
 BATCH, LENGTH = 4, 256  # B, T

@@ -39,20 +39,26 @@ from typing import Any
 
 import datasets
 import torch
-from matplotlib.figure import Figure
 from measuring import alternate, peak_memory
-from tabulate import tabulate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers import PreTrainedModel as Model
-from transformers import default_data_collator as collate
 from transformers.utils import logging
 
-from whisper_hf import SequenceUnlikelihoodCallback, WhisperLMConfig, use_diversity
-from whisper_hf.metrics import self_bleu, sequence_repetition
-from whisper_hf.objectives import published
-from whisper_hf.writing import continue_prompts
+try:
+    # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
+    logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+    from tabulate import tabulate
+    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import PreTrainedModel as Model
+    from transformers import default_data_collator as collate
+
+    from whisper_hf import SequenceUnlikelihoodCallback, WhisperLMConfig, use_diversity
+    from whisper_hf.metrics import self_bleu, sequence_repetition
+    from whisper_hf.objectives import published
+    from whisper_hf.writing import continue_prompts
+except ImportError as error:
+    raise SystemExit(f"diversity.py: {error}; pip install 'whisper-hf[examples,metrics]'") from error
 
 BOOKS = Path(__file__).resolve().parents[1] / "data"
 READ, HELD_OUT = ("sense_and_sensibility", "pride_and_prejudice", "emma"), "northanger_abbey"

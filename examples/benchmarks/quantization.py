@@ -28,23 +28,29 @@ from typing import Any
 
 import datasets
 import torch
-from matplotlib.figure import Figure
 from measuring import Run, alternate
-from peft import LoraConfig, PeftModel, get_peft_model
-from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PrinterCallback, set_seed
-from transformers import PreTrainedModel as Model
-from transformers import default_data_collator as collate
 from transformers.utils import logging
 
-from whisper_hf import DistillationConfig, DistillationTrainer, Int8CpuConfig, QuantizedSparseCache, from_dense
-from whisper_hf.metrics import sequence_repetition
-from whisper_hf.quantization import compensate, layer_divergences, most_sensitive, recipe
-from whisper_hf.quantization.int8_linear import Int8Linear
-from whisper_hf.quantization.sensitivity import keep_layers
-from whisper_hf.writing import continue_prompts
+try:
+    # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
+    logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from tabulate import tabulate
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PrinterCallback, set_seed
+    from transformers import PreTrainedModel as Model
+    from transformers import default_data_collator as collate
+
+    from whisper_hf import DistillationConfig, DistillationTrainer, Int8CpuConfig, QuantizedSparseCache, from_dense
+    from whisper_hf.metrics import sequence_repetition
+    from whisper_hf.quantization import compensate, layer_divergences, most_sensitive, recipe
+    from whisper_hf.quantization.int8_linear import Int8Linear
+    from whisper_hf.quantization.sensitivity import keep_layers
+    from whisper_hf.writing import continue_prompts
+except ImportError as error:
+    raise SystemExit(f"quantization.py: {error}; pip install 'whisper-hf[examples]'") from error
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from smollm2 import smollm2_checkpoint
@@ -185,12 +191,12 @@ def decode(model: Model, way: Way, ids: Tensor) -> Run:
     return run
 
 
-def measure_speed(model: Model, reference: Model, way: Way, ids: Tensor) -> dict[str, float]:
-    """Return time of float32 over time, measured in turns."""
+def measure_speed(model: Model, reference: Model, way: Way, ids: Tensor, seconds: float) -> dict[str, float]:
+    """Return time of float32 over time, measured in turns, for some seconds each."""
     speeds = {}
     for name, what in (("prefill", prefill), ("decode", decode)):
-        seconds = alternate({"own": what(model, way, ids), "float32": what(reference, Way(), ids)}, seconds=20)
-        speeds[name] = seconds["float32"] / seconds["own"]
+        times = alternate({"own": what(model, way, ids), "float32": what(reference, Way(), ids)}, seconds)
+        speeds[name] = times["float32"] / times["own"]
     return speeds
 
 
@@ -233,7 +239,7 @@ def run(name: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
     measured = {"disk_bytes": disk_bytes, "linear_bytes": linear_bytes(base)}
     measured |= measure_quality(model, reference, way, book[: options.tokens])
     measured["repetition"] = repetition(model, way, book)
-    measured |= measure_speed(model, reference, way, book)
+    measured |= measure_speed(model, reference, way, book, options.seconds)
     print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in measured.items()), flush=True)
     return {"way": name, **measured}
 
@@ -270,7 +276,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=int, default=4096, help="of the novel that quality is measured on (default: %(default)s)")
     add("--steps", type=int, default=200, help="of recovery (default: %(default)s)")
     add("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
-    add("--output", type=Path, default=Path("runs/quantization"), help="folder (default: %(default)s)")
+    add("--model", help="another dense checkpoint: Hub id or folder (default: SmolLM2-135M-Instruct)")
+    add("--seconds", type=float, default=20.0, help="time for each comparison (default: %(default)s)")
+    add("--output", type=Path, default=Path("runs/quantization"), help="folder, of one model (default: %(default)s)")
     options = parser.parse_args()
     if options.tokens <= PROMPT + NEW or options.steps < 10:
         parser.error(f"--tokens must exceed {PROMPT + NEW}, --steps be 10 or more, got {vars(options)}")
@@ -287,13 +295,21 @@ def main() -> None:
     datasets.disable_progress_bars()
     options.output.mkdir(parents=True, exist_ok=True)
     source, path = options.output / "model", options.output / "quantization.json"
-    if not source.exists():
-        dense = smollm2_checkpoint()
-        AutoTokenizer.from_pretrained(dense).save_pretrained(source)
-        from_dense(dense, sparse_attention=SPARSE).save_pretrained(source)
     made = {"tokens": options.tokens, "steps": options.steps, "torch": torch.__version__}
+    made |= {"model": options.model} if options.model else {}
     found = json.loads(path.read_text()) if path.exists() else {}
     results = found if found.get("settings") == made else {"settings": made, "rows": []}
+    if not source.exists():
+        dense = options.model or smollm2_checkpoint()
+        tokenizer, model = AutoTokenizer.from_pretrained(dense), from_dense(dense, sparse_attention=SPARSE)
+        path.write_text(json.dumps(results, indent=1) + "\n")  # whose model this is
+        tokenizer.save_pretrained(source)
+        model.save_pretrained(source)
+    elif (held := found.get("settings", {}).get("model")) != options.model:
+        name = "SmolLM2-135M-Instruct"
+        raise SystemExit(
+            f"--output must be a folder of --model {options.model or name}, got one of {held or name}: {options.output}"
+        )
     for name in dict.fromkeys(["float32", *options.only]):  # which the others are compared with
         if name not in {row["way"] for row in results["rows"]}:
             results["rows"].append(run(name, source, options))
