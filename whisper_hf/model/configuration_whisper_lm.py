@@ -13,7 +13,10 @@
 # limitations under the License.
 """Configuration of the Whisper language model (a decoder-only text model, not the speech model `whisper`)."""
 
+import json
+import os
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -285,16 +288,16 @@ class WhisperLMConfig(PreTrainedConfig):
         output["diversity"] = None if diversity is None else asdict(diversity)
         return output
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the fields that are saved.
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write the config file of a checkpoint.
 
         Layers that are all sparse, as by default, go unnamed: the type is unknown to transformers alone, which reads
         the file for `AutoTokenizer` where neither this package nor its code is to be run.
         """
-        output = super().to_diff_dict()
+        saved = json.loads(self.to_json_string(use_diff))
         if set(self.layer_types) == {MASKED_SPARSE_ATTENTION}:
-            output.pop("layer_types", None)
-        return output
+            saved.pop("layer_types", None)
+        Path(json_file_path).write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 __all__ = ["DiversityConfig", "SparseAttentionConfig", "WhisperLMConfig"]
