@@ -281,7 +281,7 @@ def test_gradients_are_those_of_a_forward_pass_in_mixed_precision() -> None:
 
 def begin(callback: SequenceUnlikelihoodCallback, model: nn.Module, optimizer: object = None, **changed) -> None:
     """Begin training and its first step by hand."""
-    defaults = {"deepspeed": None, "n_gpu": 0, "fsdp": None, "seed": 0, "process_index": 0}
+    defaults = {"deepspeed_plugin": None, "n_gpu": 0, "seed": 0, "process_index": 0}
     arguments = SimpleNamespace(**{**defaults, **changed})
     state = SimpleNamespace(global_step=0, stateful_callbacks={})
     callback.on_train_begin(arguments, state, None, model=model, optimizer=optimizer)
@@ -343,7 +343,7 @@ def test_what_cannot_work_is_refused(tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             SequenceUnlikelihoodCallback(**wrong)
     with pytest.raises(ValueError, match="one device, DDP or FSDP version 2, got DeepSpeed"):
-        begin(SequenceUnlikelihoodCallback(), looping_model(), deepspeed="config.json")
+        begin(SequenceUnlikelihoodCallback(), looping_model(), deepspeed_plugin=object())
     with pytest.raises(ValueError, match="got 2 devices of one process"):
         begin(SequenceUnlikelihoodCallback(), looping_model(), n_gpu=2)
     model, batch = looping_model().train(), rows(2)
@@ -366,7 +366,7 @@ def sharded(folder: str) -> dict:
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")  # as the Trainer does
     callback = SequenceUnlikelihoodCallback(**{**SETTINGS, "rows": 2})
-    begin(callback, model, fsdp="full_shard", process_index=rank)
+    begin(callback, model, process_index=rank)
     batch = rows(4)[2 * rank : 2 * rank + 2]
     model.train()(batch, labels=batch).loss.backward()
     squares = {name: p.grad.full_tensor().double().square().sum().item() for name, p in model.named_parameters()}

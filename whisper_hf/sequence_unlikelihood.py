@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
@@ -92,15 +92,15 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Join the training, and go on where a checkpoint left off."""
         model = kwargs["model"]
-        if args.deepspeed or args.n_gpu > 1 or isinstance(model, FullyShardedDataParallel):
+        if args.deepspeed_plugin or args.n_gpu > 1 or isinstance(model, FullyShardedDataParallel):
             several = f"{args.n_gpu} devices of one process" if args.n_gpu > 1 else "FSDP version 1"
-            got = "DeepSpeed" if args.deepspeed else several
+            got = "DeepSpeed" if args.deepspeed_plugin else several
             raise ValueError(f"{type(self).__name__} needs one device, DDP or FSDP version 2, got {got}")
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[0] if isinstance(saved, list) else saved
         for name, value in (saved or {}).get("attributes", {}).items():  # the Trainer restores only on demand
             setattr(self, name, value)
-        self._synced_gpus = bool(args.fsdp) or None  # None: `generate` finds out
+        self._synced_gpus = isinstance(model, FSDPModule) or None  # None: `generate` finds out
         self._scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         self._seed = args.seed * 1_000_003 + args.process_index * 7_919
         # before FSDP's own hook, which would find itself in the middle of another forward

@@ -40,6 +40,8 @@ class DistillationConfig(TrainingArguments):
         on_policy_temperature (`float`, defaults to 1.0): of sampling; 0 decodes greedily.
         teacher_init_kwargs (`dict`, *optional*): for loading a teacher by name: `dtype`, `revision`,
             `quantization_config`, ...
+        shard_teacher (`bool`, defaults to `True`): where the student is sharded (FSDP 2, DeepSpeed ZeRO-3), shard the
+            teacher too; else each process keeps all of it, which saves communication where memory allows.
         chunk_tokens (`int`, *optional*): tokens whose logits exist at once; by default as many as suit the device.
 
     Raises:
@@ -67,6 +69,7 @@ class DistillationConfig(TrainingArguments):
     on_policy_max_new_tokens: int = field(default=128, metadata={"help": "tokens that the student writes"})
     on_policy_temperature: float = field(default=1.0, metadata={"help": "of sampling; 0 decodes greedily"})
     teacher_init_kwargs: dict | str | None = field(default=None, metadata={"help": "for loading the teacher"})
+    shard_teacher: bool = field(default=True, metadata={"help": "where the student is sharded, shard the teacher too"})
     chunk_tokens: int | None = field(default=None, metadata={"help": "tokens whose logits exist at once"})
 
     def __post_init__(self) -> None:

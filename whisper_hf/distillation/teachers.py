@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -104,19 +105,61 @@ def refuse_other_vocabulary(
             )
 
 
-def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """Move the teacher to the student's device, sharded as the student is; without gradients it needs no wrapper."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _shard_by_deepspeed(teacher, accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise ValueError("a teacher beside FSDP version 1 is not supported; set fsdp_version=2")
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, is_sharded: bool = True) -> nn.Module:
+    """Move the teacher to the student's device, sharded as the student is; without gradients it needs no wrapper.
 
-        return fsdp2_prepare_model(accelerator, teacher)
+    Args:
+        teacher (`PreTrainedModel`): all its weights are in the first process at least.
+        accelerator (`Accelerator`): of the trainer.
+        is_sharded (`bool`): where the student is sharded; else each process keeps the whole teacher.
+
+    Raises:
+        ValueError: FSDP version 1, or a teacher that DeepSpeed has sharded already.
+    """
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if is_fsdp and not accelerator.is_fsdp2:
+        raise ValueError("a teacher beside FSDP version 1 is not supported; set fsdp_version=2")
+    if is_sharded and is_deepspeed:
+        return _shard_by_deepspeed(teacher, accelerator)
+    if is_sharded and is_fsdp:
+        return _shard_by_fsdp(teacher, accelerator)
+    if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
+        raise ValueError(
+            "expected a whole teacher for shard_teacher=False, got one that DeepSpeed sharded while it was loaded; load "
+            "it before the DistillationConfig is made, or set shard_teacher=True"
+        )
     if getattr(teacher, "hf_quantizer", None) is None and getattr(teacher, "hf_device_map", None) is None:
+        if is_fsdp:
+            _broadcast(teacher, accelerator.device)
         teacher.to(accelerator.device)
     return teacher
+
+
+def _shard_by_fsdp(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """Shard the weights layer by layer (FSDP2)."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = accelerator.state.fsdp_plugin
+    # what counts as a layer is kept in the plugin, from the first model on, and the student has layers of another class
+    accelerator.state.fsdp_plugin = copy.copy(plugin)
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None
+    try:
+        return fsdp2_prepare_model(accelerator, teacher)
+    finally:
+        accelerator.state.fsdp_plugin = plugin
+
+
+def _broadcast(teacher: PreTrainedModel, device: torch.device) -> None:
+    """Give the weights to all processes; loaded with care for memory, only the first of a machine has them."""
+    weights = {
+        name: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        for name, tensor in teacher.state_dict().items()
+    }
+    for tensor in weights.values():
+        torch.distributed.broadcast(tensor, src=0)
+    teacher.load_state_dict(weights, assign=True)
+    teacher.tie_weights()
 
 
 def _shard_by_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

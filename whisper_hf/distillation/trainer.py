@@ -111,7 +111,9 @@ class DistillationTrainer(Trainer):
                 refuse_other_vocabulary(sizes, self.processing_class, tokenizer or load_tokenizer(teacher))
             if self.args.state_kinds:
                 matching, wrapped = self._build_matching()
-        placed = None if self.teacher is None else place_teacher(self.teacher, self.accelerator)
+        placed = None
+        if self.teacher is not None:
+            placed = place_teacher(self.teacher, self.accelerator, self.args.shard_teacher)
         self.matching = matching
         stored = None if self.signals is None else self.signals.manifest.vocabulary
         self._forward = DistillationForward(self.args, placed, self.teacher, wrapped, stored)
