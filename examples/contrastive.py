@@ -34,7 +34,7 @@ def contrastive_search(
         input_ids (`[1, P]`, int64): one text.
         candidates (`int`), penalty (`float`, in [0, 1]): `k` and `a`.
         context_states (`[1, cached tokens, hidden_size]`, *optional*): hidden states of what is in the cache already,
-            where `past_key_values` are given.
+            where a `cache` is given.
 
     Returns:
         `sequences` (`[1, P + new]`) and, as of a beam search, `beam_indices` (`[1, new]`): the row of each forward from
@@ -43,7 +43,7 @@ def contrastive_search(
     Raises:
         ValueError: several texts, or a cache without its states.
     """
-    cache = model_kwargs["past_key_values"]  # given, or made by `generate`; as a parameter it would get lost there
+    cache = model_kwargs["cache"]  # given, or made by `generate`; as a parameter it would get lost there
     seen = cache.get_seq_length()
     known = 0 if context_states is None else context_states.shape[1]
     if len(input_ids) != 1 or known != seen:
@@ -70,5 +70,5 @@ def contrastive_search(
 
 def _read(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
     """Return the logits of the last token, `[B, V]`, and the last hidden states of all, `[B, T, hidden_size]`."""
-    output = model(tokens, past_key_values=cache, use_cache=True, output_hidden_states=True, logits_to_keep=1)
+    output = model(tokens, cache=cache, use_cache=True, output_hidden_states=True, logits_to_keep=1)
     return output.logits[:, -1], output.hidden_states[-1]

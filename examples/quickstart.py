@@ -166,7 +166,7 @@ def perplexity(model: Model, windows: Tensor, label: str, skip: int = 0) -> floa
     for row, start in tqdm(chunks, desc=label, unit="chunk"):
         cache = DynamicCache(config=model.config) if start == 0 else cache
         inputs, targets = row[:-1][start : start + CHUNK], row[1:][start : start + CHUNK]
-        logits = model(inputs[None], past_key_values=cache, use_cache=True).logits[0]
+        logits = model(inputs[None], cache=cache, use_cache=True).logits[0]
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         losses.append(loss[max(0, skip - start) :])
     return torch.cat(losses).mean().exp().item()

@@ -219,7 +219,7 @@ def read_context(model: Model, context: list[int]) -> tuple[Cache, Tensor]:
     """Read all of the context but its last token, once for all settings; return the cache and last hidden states."""
     ids = torch.tensor([context[:-1]], device=model.device)
     cache = DynamicCache(config=model.config)
-    output = model(ids, past_key_values=cache, use_cache=True, output_hidden_states=True, logits_to_keep=1)
+    output = model(ids, cache=cache, use_cache=True, output_hidden_states=True, logits_to_keep=1)
     return cache, output.hidden_states[-1]
 
 
@@ -253,7 +253,7 @@ def write(model: Model, context: list[int], cache: Cache, setting: Setting, args
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            cache=cache,
             stopping_criteria=[Progress(bar)],
             **setting.options,
         )

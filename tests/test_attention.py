@@ -236,7 +236,7 @@ def test_many_families_run_sparse(family: str, count_calls) -> None:
     assert (sparse[1, 48:] - expected[1, 48:]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["bloom", "codegen"])
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_model_with_an_attention_of_its_own_is_refused(family: str) -> None:
     config = AutoConfig.for_model(family, vocab_size=VOCABULARY, hidden_size=32, n_embd=32, n_layer=1, n_head=4)
     config.rotary_dim = 8

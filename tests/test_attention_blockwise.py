@@ -265,9 +265,9 @@ def test_each_path_runs_where_it_should(count_calls) -> None:
     model.train()(tokens(), labels=tokens()).loss.backward()
     assert (len(blockwise), len(decode)) == (2, 0)
     cache = DynamicCache(config=model.config)
-    model.eval()(tokens(), past_key_values=cache)
+    model.eval()(tokens(), cache=cache)
     assert (len(blockwise), len(decode)) == (4, 0)
-    model(tokens()[:, :1], past_key_values=cache)
+    model(tokens()[:, :1], cache=cache)
     assert (len(blockwise), len(decode)) == (4, 2)
     assert not slow
 
@@ -287,7 +287,7 @@ def test_cached_means_are_those_of_the_keys(left: int, kind: str) -> None:
     def feed(start: int, end: int, rows: Tensor) -> None:
         shown = attention_mask[rows][:, :end] if left else None
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[rows][:, start:end]
-        model(ids[rows][:, start:end], attention_mask=shown, position_ids=position_ids, past_key_values=cache)
+        model(ids[rows][:, start:end], attention_mask=shown, position_ids=position_ids, cache=cache)
 
     def check(length: int) -> None:
         layer = cache.layers[1]
@@ -315,10 +315,10 @@ def test_cached_means_are_those_of_the_keys(left: int, kind: str) -> None:
 def test_dynamic_layer_does_not_copy_its_keys_every_token() -> None:
     model = tiny_model().requires_grad_(False)
     cache = DynamicCache(config=model.config)
-    model(tokens(), past_key_values=cache)
+    model(tokens(), cache=cache)
     pointers = set()
     for step in range(100):
-        model(tokens()[:, step : step + 1], past_key_values=cache)
+        model(tokens()[:, step : step + 1], cache=cache)
         pointers.add(cache.layers[0].keys.data_ptr())
     assert len(pointers) == 1
     assert cache.get_seq_length() == LENGTH + 100
@@ -328,8 +328,8 @@ def test_a_four_dimensional_mask_stops_the_means_and_decoding_stays_right() -> N
     model = tiny_model().requires_grad_(False)
     cache = DynamicCache(config=model.config)
     causal = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    model(tokens(1), attention_mask=causal, past_key_values=cache)
+    model(tokens(1), attention_mask=causal, cache=cache)
     assert cache.layers[0].block_means is None
-    step = model(tokens(1)[:, :1], past_key_values=cache).logits
+    step = model(tokens(1)[:, :1], cache=cache).logits
     expected = model(torch.cat([tokens(1), tokens(1)[:, :1]], 1)).logits[:, -1:]
     torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-5)

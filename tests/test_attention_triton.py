@@ -366,8 +366,8 @@ def test_model_runs_on_the_kernels_forward_backward_and_decoding(count_calls) ->
             model(ids, labels=ids).loss.backward()
             cache = DynamicCache(config=model.config)
             with torch.no_grad():
-                model.eval()(ids, past_key_values=cache)
-                logits = model(ids[:, :1], past_key_values=cache).logits
+                model.eval()(ids, cache=cache)
+                logits = model(ids[:, :1], cache=cache).logits
         results[backend] = [logits, *(parameter.grad for parameter in model.parameters())]
         if backend == "stock":
             forward, backward = count_calls(attention_triton, "attend"), count_calls(attention_triton, "differentiate")

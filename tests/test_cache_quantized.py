@@ -43,7 +43,7 @@ def test_decoding_stays_close_to_that_from_exact_keys(implementation: str, dtype
         for start, end in [(0, 100), (100, 150), *((i, i + 1) for i in range(150, LENGTH + padding))]:
             with torch.no_grad():
                 pieces.append(
-                    model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits.float()
+                    model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache).logits.float()
                 )
         results.append(torch.cat(pieces, 1)[:, padding:].softmax(-1))
     torch.testing.assert_close(results[1][:, : 100 - padding], results[0][:, : 100 - padding])  # the first are exact
@@ -57,10 +57,10 @@ def test_a_step_unpacks_only_what_it_attends_to(count_calls) -> None:
     model, ids = tiny_model(), tokens()
     cache = QuantizedSparseCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         unpacked = count_calls(attention_decode, "unpack")
         everything = count_calls(attention, "unpack")
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
     budget = sum(SPARSE[name] for name in ("topk_blocks", "local_blocks", "sink_blocks")) * SPARSE["block_size"]
     assert len(unpacked) == 4  # keys and values of two layers
     assert max(states.shape[2] for states in unpacked) <= budget < LENGTH
@@ -72,7 +72,7 @@ def test_it_is_about_half_of_bfloat16() -> None:
     sizes = []
     for cache in (DynamicCache(config=model.config), QuantizedSparseCache(model.config)):
         with torch.no_grad():
-            model(tokens(1, 500), past_key_values=cache)
+            model(tokens(1, 500), cache=cache)
         sizes.append(sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)))
     assert sizes[1] <= 0.52 * sizes[0]
 
@@ -87,8 +87,8 @@ def test_generation(kind: str) -> None:
     outputs = model.generate(
         ids, attention_mask=mask, **{**GREEDY, **options}, **INT8, return_dict_in_generate=True, output_logits=True
     )
-    assert type(outputs.past_key_values).__name__ == "QuantizedSparseCache"
-    assert outputs.past_key_values.layers[0].keys.dtype == torch.int8
+    assert type(outputs.cache).__name__ == "QuantizedSparseCache"
+    assert outputs.cache.layers[0].keys.dtype == torch.int8
     written = outputs.sequences
     if kind != "beams":
         shown = torch.cat([mask.repeat_interleave(len(written) // 2, 0), torch.ones_like(written[:, LENGTH:])], 1)
@@ -101,19 +101,19 @@ def test_rows_are_cropped_repeated_and_selected() -> None:
     model, ids = tiny_model(), tokens()
     cache = QuantizedSparseCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        expected = model(ids[:, :1], past_key_values=cache).logits
+        model(ids, cache=cache)
+        expected = model(ids[:, :1], cache=cache).logits
         cache.crop(-1)
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([3, 1, 2, 0]))
         cache.batch_select_indices(torch.tensor([3, 0]))
-        torch.testing.assert_close(model(ids[:, :1], past_key_values=cache).logits, expected)
+        torch.testing.assert_close(model(ids[:, :1], cache=cache).logits, expected)
 
 
 def test_gradients_are_refused() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="a quantized cache has no gradient"):
-        model(tokens(), past_key_values=QuantizedSparseCache(model.config))
+        model(tokens(), cache=QuantizedSparseCache(model.config))
 
 
 def test_saved_code_has_it(tmp_path) -> None:

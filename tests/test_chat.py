@@ -64,7 +64,7 @@ def test_several_turns_equal_the_whole_conversation(reuse: bool, chat, model, to
             same = (held[0, :shared] == ids[0, :shared]).long().cumprod(0).sum().item()
             assert same > LENGTH or not held.numel()
             cache.crop(same - held.shape[1])
-            options["past_key_values"] = cache
+            options["cache"] = cache
         said = chat(messages, **options)[0]["generated_text"]
         assert said[:-1] == messages
         assert said[-1] == {"role": "assistant", "content": reply_without_cache(model, tokenizer, messages)}

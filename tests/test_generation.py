@@ -67,7 +67,7 @@ def test_sampling_draws_from_the_sparse_distribution(model) -> None:
 def test_quantized_cache_generates(model) -> None:
     quantized = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     outputs = model.generate(tokens(), **GREEDY, **quantized, return_dict_in_generate=True, output_logits=True)
-    assert type(outputs.past_key_values).__name__ == "QuantizedCache"
+    assert type(outputs.cache).__name__ == "QuantizedCache"
     got = torch.stack(outputs.logits, 1).softmax(-1)
     dense = tiny_model(layer_types=["full_attention"] * 2)
     sparse_error, dense_error = (
@@ -90,11 +90,11 @@ def test_batch_with_left_padding_equals_single_prompts(model) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_continuing_from_past_key_values(model, kind: str) -> None:
+def test_continuing_from_a_cache(model, kind: str) -> None:
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=300)
-    first = model.generate(tokens(), past_key_values=cache, **GREEDY)
+    first = model.generate(tokens(), cache=cache, **GREEDY)
     longer = torch.cat([first, tokens(2, 30)], 1)
-    again = model.generate(longer, past_key_values=cache, **GREEDY)
+    again = model.generate(longer, cache=cache, **GREEDY)
     assert torch.equal(again, greedy_without_cache(model, longer))
 
 

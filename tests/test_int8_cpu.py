@@ -362,7 +362,7 @@ def test_sparse_decoding_with_a_static_cache_object(source: Path) -> None:
     model = load(source)
     ids = tokens(1, LENGTH)
     cache = StaticCache(config=model.config, max_cache_len=LENGTH + 8)
-    kept = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    kept = model.generate(ids, cache=cache, max_new_tokens=4, do_sample=False)
     assert kept.tolist() == model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
 
 

@@ -144,13 +144,13 @@ def test_cached_equals_full(backend: str, kind: str, chunks: list[int], left: in
         start, end = end, end + size
         attention_mask = inputs["attention_mask"][:, :end] if left else None
         piece = {key: inputs[key][:, start:end] for key in ("input_ids", "position_ids")}
-        outputs.append(model(**piece, attention_mask=attention_mask, past_key_values=cache, use_cache=True).logits)
+        outputs.append(model(**piece, attention_mask=attention_mask, cache=cache, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(outputs, 1)[:, left:], expected, **CLOSE)
 
 
 def test_crop_reorder_repeat_and_select(model: WhisperLMForCausalLM) -> None:
     cache = DynamicCache(config=model.config)
-    model(tokens(), past_key_values=cache)
+    model(tokens(), cache=cache)
     cache.crop(-40)
     assert cache.get_seq_length() == LENGTH - 40
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -158,9 +158,9 @@ def test_crop_reorder_repeat_and_select(model: WhisperLMForCausalLM) -> None:
     cache.batch_select_indices(torch.tensor([0, 3]))
     continuation = tokens()[:, -40:].flip(0)
     expected = model(tokens().flip(0)).logits[:, -40:]
-    torch.testing.assert_close(model(continuation, past_key_values=cache).logits, expected, **CLOSE)
+    torch.testing.assert_close(model(continuation, cache=cache).logits, expected, **CLOSE)
     cache.reset()
-    torch.testing.assert_close(model(tokens(), past_key_values=cache).logits, model(tokens()).logits, **CLOSE)
+    torch.testing.assert_close(model(tokens(), cache=cache).logits, model(tokens()).logits, **CLOSE)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("streams")
 def test_offloaded_cache(model: WhisperLMForCausalLM) -> None:
     cache = DynamicCache(config=model.config, offloading=True)
-    pieces = [model(tokens()[:, i : i + 40], past_key_values=cache).logits for i in range(0, LENGTH, 40)]
+    pieces = [model(tokens()[:, i : i + 40], cache=cache).logits for i in range(0, LENGTH, 40)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(tokens()).logits, **CLOSE)
     generated = model.generate(tokens(), max_new_tokens=4, do_sample=False, cache_implementation="offloaded")
     assert torch.equal(generated, model.generate(tokens(), max_new_tokens=4, do_sample=False))
@@ -194,8 +194,8 @@ class _NoStream:
 def test_quantized_cache_stays_close(model: WhisperLMForCausalLM) -> None:
     dense_view = tiny_config(layer_types=["full_attention"] * 2)
     cache = QuantizedCache("fp8", dense_view)
-    model(tokens()[:, :-20], past_key_values=cache)
-    pieces = [model(tokens()[:, i : i + 1], past_key_values=cache).logits for i in range(LENGTH - 20, LENGTH)]
+    model(tokens()[:, :-20], cache=cache)
+    pieces = [model(tokens()[:, i : i + 1], cache=cache).logits for i in range(LENGTH - 20, LENGTH)]
     got, expected = torch.cat(pieces, 1).softmax(-1), model(tokens()).logits[:, -20:].softmax(-1)
     assert (got - expected).abs().sum(-1).mean() < 0.1
     dense = tiny_model(layer_types=["full_attention"] * 2)(tokens()).logits[:, -20:].softmax(-1)

@@ -71,8 +71,8 @@ def test_inputs_embeds_match_input_ids(model, input_ids) -> None:
 def test_hidden_states_and_cache_are_returned_on_request(model, input_ids) -> None:
     outputs = model(input_ids, output_hidden_states=True, use_cache=True)
     assert [states.shape for states in outputs.hidden_states] == [(2, LENGTH, 32)] * 3
-    assert isinstance(outputs.past_key_values, DynamicCache)
-    assert model(input_ids, use_cache=False).past_key_values is None
+    assert isinstance(outputs.cache, DynamicCache)
+    assert model(input_ids, use_cache=False).cache is None
     assert isinstance(model(input_ids, return_dict=False), tuple)
 
 

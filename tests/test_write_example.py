@@ -116,10 +116,10 @@ def test_recording_changes_nothing_and_follows_the_text(way: str) -> None:
 
 def reread(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return what the tokens after the first `LENGTH` were predicted from, by reading them one by one."""
-    cache = model(ids[:, : LENGTH - 1], use_cache=True).past_key_values
+    cache = model(ids[:, : LENGTH - 1], use_cache=True).cache
     with attention_map.recorded_blocks(SETTINGS) as record:
         for place in range(LENGTH - 1, ids.shape[1] - 1):
-            model(ids[:, place : place + 1], past_key_values=cache)
+            model(ids[:, place : place + 1], cache=cache)
     return record.shares()
 
 

@@ -71,7 +71,7 @@ def prefill(model: Model, ids: Tensor) -> Run:
 def fill_cache(model: Model, ids: Tensor) -> tuple[DynamicCache, Tensor]:
     """Read a prompt, `[1, T]`; return the cache and the greedy next token, `[1, 1]`."""
     cache = DynamicCache(config=model.config)
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
     return cache, logits.argmax(-1)
 
 
@@ -83,7 +83,7 @@ def decode(model: Model, ids: Tensor) -> Run:
     def run() -> None:
         token = first
         for _ in range(NEW_TOKENS):
-            token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+            token = model(token, cache=cache, use_cache=True).logits.argmax(-1)
         cache.crop(-NEW_TOKENS)  # for the next run
 
     return run

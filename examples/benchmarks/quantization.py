@@ -147,8 +147,8 @@ def measure_quality(model: Model, reference: Model, way: Way, ids: Tensor) -> di
     own, exact = way.new_cache(model), DynamicCache(config=reference.config)
     losses, divergences = [], []
     for part, targets in zip(ids[:-1].split(CHUNK), ids[1:].split(CHUNK), strict=True):
-        logits = model(part[None], past_key_values=own).logits[0].float()
-        wanted = reference(part[None], past_key_values=exact).logits[0].log_softmax(-1)
+        logits = model(part[None], cache=own).logits[0].float()
+        wanted = reference(part[None], cache=exact).logits[0].log_softmax(-1)
         losses.append(cross_entropy(logits, targets, reduction="sum"))
         divergences.append(kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="sum"))
     count = len(ids) - 1
@@ -173,19 +173,19 @@ def repetition(model: Any, way: Way, ids: Tensor) -> float:
 
 def prefill(model: Model, way: Way, ids: Tensor) -> Run:
     """Return the run that reads a prompt."""
-    return torch.no_grad()(lambda: model(ids[None, :PROMPT], past_key_values=way.new_cache(model), logits_to_keep=1))
+    return torch.no_grad()(lambda: model(ids[None, :PROMPT], cache=way.new_cache(model), logits_to_keep=1))
 
 
 def decode(model: Model, way: Way, ids: Tensor) -> Run:
     """Return the run that reads tokens one by one after a prompt, which it does not read again."""
     cache = way.new_cache(model)
     with torch.no_grad():
-        model(ids[None, :PROMPT], past_key_values=cache, logits_to_keep=1)
+        model(ids[None, :PROMPT], cache=cache, logits_to_keep=1)
 
     @torch.no_grad()
     def run() -> None:
         for token in ids[PROMPT : PROMPT + NEW]:
-            model(token.view(1, 1), past_key_values=cache)
+            model(token.view(1, 1), cache=cache)
         cache.crop(-NEW)
 
     return run

@@ -159,14 +159,14 @@ def _document_starts(predicate: Callable, batch_size: int, key_length: int, offs
 
 
 def layout_from_inputs(
-    inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, position_ids: Tensor | None
+    inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor | None
 ) -> Tensor | None:
     """Describe the inputs of a [`WhisperLMModel`], whatever its attention implementation.
 
     Args:
         inputs_embeds (`[B, T, hidden_size]`): only its shape and device are read.
         attention_mask (`[B, S]`, or `[B, 1, T, S]` bool or additive, or a layout, or `None`): 1 or `True` for tokens.
-        past_key_values (`Cache`, *optional*): the cache, before this forward.
+        cache (`Cache`, *optional*): the cache, before this forward.
         position_ids (`[B or 1, T]`, *optional*): positions that restart separate packed documents, where there is
             neither an attention mask nor a cache.
 
@@ -184,14 +184,14 @@ def layout_from_inputs(
         )
     batch_size, query_length = inputs_embeds.shape[:2]
     query_offset, (key_length, key_offset) = 0, (query_length, 0)
-    if past_key_values is not None:
-        query_offset = past_key_values.get_query_offset(0)
-        key_length, key_offset = past_key_values.get_mask_sizes(query_length, 0)
+    if cache is not None:
+        query_offset = cache.get_query_offset(0)
+        key_length, key_offset = cache.get_mask_sizes(query_length, 0)
     elif attention_mask is not None:
         key_length = attention_mask.shape[1]
 
     predicate = causal_mask_function
-    if position_ids is not None and attention_mask is None and past_key_values is None:
+    if position_ids is not None and attention_mask is None and cache is None:
         document = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
         if document is not None:
 
@@ -436,7 +436,7 @@ def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]
         ("softcap", "logit softcapping"),
         ("s_aux", "learned attention sinks"),
         ("position_bias", "position biases"),
-        ("cache", "paged caches (continuous batching)"),
+        ("read_index", "paged caches (continuous batching)"),
     ):
         if kwargs.get(name) is not None:
             raise ValueError(

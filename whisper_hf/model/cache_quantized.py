@@ -64,7 +64,7 @@ class QuantizedMaskedSparseLayer(DynamicMaskedSparseLayer):
 
 
 class QuantizedSparseCache(Cache):
-    """Keys and values of all layers in 8 bits: `generate(..., past_key_values=QuantizedSparseCache(model.config))`.
+    """Keys and values of all layers in 8 bits: `generate(..., cache=QuantizedSparseCache(model.config))`.
 
     The same as `generate(cache_implementation="quantized", cache_config={"backend": "int8"})`.
 

@@ -39,6 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -164,7 +165,7 @@ class WhisperLMAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden_states`, `[B, T, hidden_size]`; `attention_mask` is what `layout_from_inputs` returns.
@@ -172,6 +173,7 @@ class WhisperLMAttention(nn.Module):
         Returns:
             output (`[B, T, hidden_size]`) and, under `eager` or with `output_attentions`, weights (`[B, H, T, S]`).
         """
+        refuse_unsupported(self, 0.0, kwargs)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
@@ -182,16 +184,13 @@ class WhisperLMAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
         sparse_attention = SparseAttentionConfig.from_value(self.config.sparse_attention) if self.is_sparse else None
         block_means = None
-        if past_key_values is not None:
-            key, value = past_key_values.update(
-                key, value, self.layer_idx, **cache_kwargs(attention_mask, sparse_attention)
-            )
-            block_means = getattr(past_key_values.layers[self.layer_idx], "block_means", None)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, **cache_kwargs(attention_mask, sparse_attention))
+            block_means = getattr(cache.layers[self.layer_idx], "block_means", None)
 
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation != MASKED_SPARSE:
-            refuse_unsupported(self, 0.0, kwargs)
             key, value = unpack(key, query.dtype), unpack(value, query.dtype)
             attention_mask = explicit_mask(query, key, attention_mask, sparse_attention)
         output, weights = attention_interface(
@@ -224,7 +223,7 @@ class WhisperLMDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """Map `hidden_states`, `[B, T, hidden_size]`, to the same shape."""
@@ -232,7 +231,7 @@ class WhisperLMDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = hidden_states + attended
@@ -253,7 +252,6 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["WhisperLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
@@ -323,6 +321,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -330,7 +329,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -343,11 +342,11 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
             attention_mask (`[B, S]`, *optional*): 1 for tokens, 0 for padding and holes; or a `[B, 1, T, S]` mask.
             position_ids (`[B or 1, T]`, int64, *optional*): positions for RoPE; without an attention mask, positions
                 that restart separate packed documents.
-            past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
+            cache (`Cache`, *optional*): keys and values of earlier tokens.
             use_cache (`bool`, *optional*): return the cache; `config.use_cache` by default.
 
         Returns:
-            `last_hidden_state` (`[B, T, hidden_size]`), `past_key_values`; on request `hidden_states`, `attentions`.
+            `last_hidden_state` (`[B, T, hidden_size]`), `cache`; on request `hidden_states`, `attentions`.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`.
@@ -361,12 +360,12 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            layout = layout_from_inputs(inputs_embeds, attention_mask, past_key_values, position_ids)
+            layout = layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids)
             masks = dict.fromkeys(LAYER_TYPES, layout)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
 
         hidden_states = inputs_embeds
@@ -377,13 +376,13 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
         )
 
 
@@ -404,13 +403,14 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
             use_diversity(self, config.diversity)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -426,13 +426,13 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
 
         Returns:
             `loss` (nats per token; divided by `num_items_in_batch` where given), `logits` (`[B, T, V]`),
-            `past_key_values`, and on request `hidden_states` and `attentions`.
+            `cache`, and on request `hidden_states` and `attentions`.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -444,7 +444,7 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -454,21 +454,21 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         config: WhisperLMConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: Tensor | None = None,
         **_: Any,
     ) -> Tensor | None:
         """Prepare the layout outside the compiled forward, for static caches."""
-        return layout_from_inputs(inputs_embeds, attention_mask, past_key_values, position_ids)
+        return layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.cache_implementation == "quantized":
             options = generation_config.cache_config or {}
-            if options == INT8_CACHE and model_kwargs.get("past_key_values") is None:
+            if options == INT8_CACHE and model_kwargs.get("cache") is None:
                 generation_config.cache_implementation = None
-                model_kwargs["past_key_values"] = QuantizedSparseCache(self.config)
+                model_kwargs["cache"] = QuantizedSparseCache(self.config)
             # transformers' own only accepts full-attention layers; it holds plain keys and values, which is all that
             # block selection needs
             config = copy.copy(self.config)
