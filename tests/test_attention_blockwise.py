@@ -161,6 +161,17 @@ def test_far_keys_that_tower_above_the_local_ones() -> None:
     assert_same(*(t.requires_grad_() for t in (query, key, value)), None, rtol=1e-3, atol=1e-4)
 
 
+def test_what_almost_overflowed_is_forgotten_beside_much_larger_logits() -> None:
+    """Local logits are 0, then one of 55, for which the reference stays, then one of 300."""
+    query, key, value = (tensor.detach() for tensor in inputs(dtype=torch.float64))
+    query.fill_(1.0)
+    key.zero_()
+    key[:, :, 100], key[:, :, 50] = 55 / 32, 300 / 32
+    output = attention_blockwise.attention_blockwise(query, key, value, None, 1.0, SETTINGS)
+    for last in (150, 202):
+        torch.testing.assert_close(output[:, :, last], value[:, :, 50].repeat_interleave(2, 1), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("fill", [0.0, 1.0, -3.0])
 def test_equal_keys_tie_everywhere(fill: float) -> None:
     query, key, value = inputs()

@@ -136,7 +136,7 @@ def _raise_reference(logits: Tensor, queries: Tensor, totals: Tensor, tile: slic
     """Lift the reference of the queries in a tile to their largest logit; return the logits against it."""
     excess = logits.amax(-1).clamp_(min=0.0).unflatten(0, (-1, queries.shape[1]))
     queries[tile, :, -1] -= excess
-    totals[tile] *= _exp_(-excess)[..., None]
+    totals[tile] *= (-excess).exp_()[..., None]  # not clamped: what is scaled down may be as large as exp(60)
     return logits.sub_(excess.flatten()[:, None])
 
 
