@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -109,7 +108,7 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, is_sharded
     """Move the teacher to the student's device, sharded as the student is; without gradients it needs no wrapper.
 
     Args:
-        teacher (`PreTrainedModel`): all its weights are in the first process at least.
+        teacher (`PreTrainedModel`): frozen.
         accelerator (`Accelerator`): of the trainer.
         is_sharded (`bool`): where the student is sharded; else each process keeps the whole teacher.
 
@@ -126,12 +125,10 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, is_sharded
         return _shard_by_fsdp(teacher, accelerator)
     if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
         raise ValueError(
-            "expected a whole teacher for shard_teacher=False, got one that DeepSpeed sharded while it was loaded; load "
-            "it before the DistillationConfig is made, or set shard_teacher=True"
+            "expected a whole teacher for shard_teacher=False, got one that DeepSpeed sharded while it was loaded; "
+            "load it before the DistillationConfig is made, or set shard_teacher=True"
         )
     if getattr(teacher, "hf_quantizer", None) is None and getattr(teacher, "hf_device_map", None) is None:
-        if is_fsdp:
-            _broadcast(teacher, accelerator.device)
         teacher.to(accelerator.device)
     return teacher
 
@@ -148,18 +145,6 @@ def _shard_by_fsdp(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Mod
         return fsdp2_prepare_model(accelerator, teacher)
     finally:
         accelerator.state.fsdp_plugin = plugin
-
-
-def _broadcast(teacher: PreTrainedModel, device: torch.device) -> None:
-    """Give the weights to all processes; loaded with care for memory, only the first of a machine has them."""
-    weights = {
-        name: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-        for name, tensor in teacher.state_dict().items()
-    }
-    for tensor in weights.values():
-        torch.distributed.broadcast(tensor, src=0)
-    teacher.load_state_dict(weights, assign=True)
-    teacher.tie_weights()
 
 
 def _shard_by_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

@@ -19,7 +19,8 @@ the vocabulary.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -245,6 +246,17 @@ def keep_4bit_arrangement(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+@contextmanager
+def _without_fsdp_class(model: Any) -> Iterator[None]:
+    """Give a model its own class back, before which FSDP 2 puts one of torch, whose code would be saved instead."""
+    kind = type(model)
+    model.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        model.__class__ = kind
+
+
 class WhisperLMPreTrainedModel(PreTrainedModel):
     """What all Whisper language model classes share: weights, saving with code, and the attention that is available."""
 
@@ -304,7 +316,8 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
         """Save as transformers does, with this code and an `auto_map` that names every Auto class."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+        with _without_fsdp_class(self):
+            super().save_pretrained(save_directory, **kwargs)
 
 
 class WhisperLMModel(WhisperLMPreTrainedModel):
