@@ -31,11 +31,13 @@ from .quantization.int8_cpu import Int8CpuConfig
 
 if TYPE_CHECKING:
     from .cards import model_card
+    from .checkpoints import last_checkpoint
     from .conversion import convert_checkpoint, from_dense, to_dense
     from .distillation import DistillationConfig, DistillationTrainer
     from .diversity_callback import DiversityCallback
     from .importance import layer_importance
     from .sequence_unlikelihood import SequenceUnlikelihoodCallback
+    from .streaming import PackedStream, packed_rows
     from .students import student_from
 
 __version__ = "0.1.0"
@@ -48,9 +50,12 @@ _LAZY = {
     "DistillationConfig": "distillation",
     "DistillationTrainer": "distillation",
     "DiversityCallback": "diversity_callback",
+    "PackedStream": "streaming",
     "SequenceUnlikelihoodCallback": "sequence_unlikelihood",
+    "last_checkpoint": "checkpoints",
     "layer_importance": "importance",
     "model_card": "cards",
+    "packed_rows": "streaming",
     "student_from": "students",
 }
 
@@ -85,6 +90,7 @@ __all__ = [
     "DiversityCallback",
     "DiversityConfig",
     "Int8CpuConfig",
+    "PackedStream",
     "QuantizedSparseCache",
     "SequenceUnlikelihoodCallback",
     "SparseAttentionConfig",
@@ -96,9 +102,11 @@ __all__ = [
     "WhisperLMPreTrainedModel",
     "convert_checkpoint",
     "from_dense",
+    "last_checkpoint",
     "layer_importance",
     "masked_sparse_attention_forward",
     "model_card",
+    "packed_rows",
     "sparse_backend",
     "student_from",
     "to_dense",
