@@ -176,6 +176,22 @@ def test_branches_and_tags_keep_their_weights(hub, alice, stranger, folder, othe
         assert got["logits"] == logits
 
 
+def test_checksums_on_the_hub_are_those_of_the_weights(hub, alice, stranger, folder, other_folder, tmp_path) -> None:
+    """Also where saving ends with the upload: then with those of this time, not of the time before."""
+
+    def save_and_push(source: str, target: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.save_pretrained(target, push_to_hub=True, repo_id="alice/both")
+
+    for source in (folder, other_folder):
+        alice.run(save_and_push, source=str(source), target=str(tmp_path / "both"))
+        assert "SHA256SUMS" in hub.names("alice/both")
+        got = stranger.run(pull, repo_id="alice/both", ids=IDS, trust_remote_code=True)
+        assert got["logits"] == expected(source)
+
+
 def test_sharded_weights_come_back(hub, alice, stranger, folder) -> None:
     alice.run(push, source=str(folder), repo_id="alice/shards", max_shard_size="30KB")
     shards = {name for name in hub.names("alice/shards") if name.endswith(".safetensors")}

@@ -10,6 +10,7 @@ import unittest
 from collections import OrderedDict
 from fnmatch import fnmatch
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -124,6 +125,9 @@ class CommonTests(modeling.ModelTesterMixin, training.TrainingTesterMixin):
             # transformers' classification heads annotate their arguments with a string, in which the test does not
             # find `output_attentions`; it then skips itself
             self.all_model_classes = (WhisperLMModel, WhisperLMForCausalLM)
+        if self._testMethodName == "test_model_weights_reload_no_missing_tied_weights":
+            # writes other weights over the saved ones, which their checksums would contradict
+            self.enterContext(mock.patch("whisper_hf.model.modeling_whisper_lm.write_checksums"))
         overrides = dict(self.overrides)
         if "_fp16_" in self._testMethodName or "_bf16_" in self._testMethodName:
             # half precision rounds differently in `eager` and `sdpa`, which tips the choice between blocks of nearly

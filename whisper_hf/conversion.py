@@ -12,13 +12,13 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .folders import new_folder, save_tokenizer
+from .folders import load_causal_lm, new_folder, save_tokenizer
 from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
 
@@ -83,8 +83,8 @@ def from_dense(
         generation config. Where the sparse budget covers a sequence its logits are those of the source.
 
     Raises:
-        ValueError: another architecture, an option that WhisperLM cannot represent, quantized weights, or options for
-            loading a model that is loaded already.
+        ValueError: another architecture, an option that WhisperLM cannot represent, quantized weights, options for
+            loading a model that is loaded already, or a folder whose weights are damaged, missing or not finite.
     """
     if isinstance(source, PreTrainedModel):
         if from_pretrained_kwargs:
@@ -96,7 +96,7 @@ def from_dense(
     else:
         hub_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in ("dtype", "device_map")}
         sparse_config(AutoConfig.from_pretrained(source, **hub_kwargs), sparse_attention)  # fail before loading weights
-        source = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **from_pretrained_kwargs})
+        source = load_causal_lm(source, finite=True, **{"dtype": "auto", **from_pretrained_kwargs})
         config = sparse_config(source.config, sparse_attention)
         weights = source.state_dict()
     return rebuild(source, WhisperLMForCausalLM, config, weights)
@@ -229,15 +229,16 @@ def convert_checkpoint(
         max_shard_size: largest file of weights.
 
     Raises:
-        ValueError: as in [`from_dense`] and [`to_dense`], or a target that holds something.
+        ValueError: as in [`from_dense`] and [`to_dense`], a target that holds something, or a tokenizer with ids beyond
+            the vocabulary.
     """
     with new_folder(target) as folder:
         if dense:
-            model = to_dense(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+            model = to_dense(load_causal_lm(source, finite=True, dtype="auto"))
         else:
             model = from_dense(source, sparse_attention)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        save_tokenizer(source, folder)
+        save_tokenizer(source, folder, model.config.vocab_size)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .conversion import rebuild
+from .folders import load_causal_lm
 from .importance import Batches, calibration_batches, decoder_layers, mean_measures, most_important, refuse_unknown
 
 # part of a layer -> its width in the config, in groups of features that go as a whole; its projections (last: outwards)
@@ -152,7 +153,7 @@ def _loaded(teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(teacher) if is_name else getattr(teacher, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("got a teacher with a quantization_config; cut the full-precision one, quantize the student")
-    return AutoModelForCausalLM.from_pretrained(teacher, dtype="auto") if is_name else teacher
+    return load_causal_lm(teacher, dtype="auto") if is_name else teacher
 
 
 def _refuse_other_shapes(teacher: PreTrainedModel) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..folders import load_causal_lm
 from .signals_writing import write_signals
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def cache(options: argparse.Namespace) -> None:
             unfinished.rename(options.output / "data")
         print(f"the data set to train on is {options.output / 'data'}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=options.dtype).to(device)
+    teacher = load_causal_lm(options.teacher, dtype=options.dtype).to(device)
     kind, count = ("samples", options.samples) if options.samples else ("top", options.top_k)
     choices: dict[str, Any] = {"temperature": options.temperature, "batch_size": options.batch_size}
     manifest = write_signals(

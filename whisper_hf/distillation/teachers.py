@@ -7,8 +7,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..folders import load_causal_lm
 from ..objectives import Head
 
 MOST_PADDING = 1024  # rows by which vocabularies of one tokenizer may differ, padded for the sake of speed
@@ -21,7 +22,7 @@ def load_teacher(teacher: str | Path | PreTrainedModel, init_kwargs: dict[str, A
         ValueError: options for a model that is loaded already, something that is no model, or one in training mode.
     """
     if isinstance(teacher, (str, Path)):
-        model = AutoModelForCausalLM.from_pretrained(str(teacher), **(init_kwargs or {}))
+        model = load_causal_lm(str(teacher), **(init_kwargs or {}))
     elif init_kwargs:
         raise ValueError(f"teacher_init_kwargs need a teacher given by name, got a loaded {type(teacher).__name__}")
     else:

@@ -19,14 +19,18 @@ the vocabulary.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed import DistributedConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import (
@@ -48,6 +52,7 @@ from .attention import MASKED_SPARSE, cache_kwargs, explicit_mask, layout_from_i
 from .attention_reference import eager_attention_forward
 from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
 from .cache_quantized import QuantizedSparseCache
+from .checkpoint_files import CHECKSUMS, load_intact, write_checksums
 from .configuration_whisper_lm import (
     FULL_ATTENTION,
     LAYER_TYPES,
@@ -58,7 +63,18 @@ from .configuration_whisper_lm import (
 from .diversity import use_diversity
 from .packing import unpack
 
-ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
+EXPLICIT_MASKS = ("sdpa", "eager")
+ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, *EXPLICIT_MASKS)
+ENGINES = ("vllm",)  # register an attention of their own, which is dense and keeps keys, and sequences apart, by itself
+# every process computes all heads where processes cannot share them evenly; the weights are shared all the same
+UNEVEN_HEADS_TP_PLAN = {
+    "q_proj": "colwise_gather_output",
+    "k_proj": "colwise_gather_output",
+    "v_proj": "colwise_gather_output",
+    "q_norm": "replicate",
+    "k_norm": "replicate",
+    "o_proj": "rowwise_split_input",
+}
 INT8_CACHE = {"backend": "int8"}  # our own quantized cache, in terms of generate's `cache_config`
 
 
@@ -174,7 +190,6 @@ class WhisperLMAttention(nn.Module):
         Returns:
             output (`[B, T, hidden_size]`) and, under `eager` or with `output_attentions`, weights (`[B, H, T, S]`).
         """
-        refuse_unsupported(self, 0.0, kwargs)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
@@ -183,6 +198,7 @@ class WhisperLMAttention(nn.Module):
 
         cos, sin = position_embeddings
         query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
+        refuse_unsupported(self, 0.0, kwargs)
         sparse_attention = SparseAttentionConfig.from_value(self.config.sparse_attention) if self.is_sparse else None
         block_means = None
         if cache is not None:
@@ -191,7 +207,7 @@ class WhisperLMAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if implementation != MASKED_SPARSE:
+        if implementation in EXPLICIT_MASKS:
             key, value = unpack(key, query.dtype), unpack(value, query.dtype)
             attention_mask = explicit_mask(query, key, attention_mask, sparse_attention)
         output, weights = attention_interface(
@@ -286,38 +302,81 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
             )
         super().__init__(config, *args, **kwargs)
 
+    _may_be_new: tuple[str, ...] = ()  # beginnings of the names of weights that a checkpoint may lack
+
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does; 4-bit weights of bitsandbytes then stay as they are loaded.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but only weights that are whole; 4-bit ones then stay as they are loaded.
 
         On CPUs with AVX512-BF16, bitsandbytes (0.50.2) rearranges them when they are first used without gradients, for
         a faster product with few rows; saved, dequantized or trained on after that, they are wrong.
+
+        Raises:
+            ValueError: weights that are damaged, missing or of another shape: see [`load_intact`].
+            OSError: no such checkpoint.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        source, load = pretrained_model_name_or_path, super().from_pretrained
+        if source is None:  # weights from memory
+            loaded = load(None, *args, **kwargs)
+        else:
+            loaded = load_intact(load, source, *args, may_be_new=cls._may_be_new, **kwargs)
         keep_4bit_arrangement(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Default to `masked_sparse` and accept only what computes the same function.
 
+        That includes an engine's own, which is dense, if no sequence is longer than what its tokens attend to.
+
         Raises:
             ValueError: any other implementation, which would silently attend densely.
         """
         implementation = requested_attention or MASKED_SPARSE
-        if implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
-                f'Specified `attn_implementation="{implementation}"` is not supported: {type(self).__name__} computes '
-                f"masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}; whisper_hf.to_dense(model) gives a "
-                "model for dense engines"
-            )
-        return implementation
+        if implementation in ATTENTION_IMPLEMENTATIONS:
+            return implementation
+        if implementation in ENGINES and self.config.is_dense:
+            return super().get_correct_attn_implementation(implementation, is_init_check)
+        budget = SparseAttentionConfig.from_value(self.config.sparse_attention).budget_tokens
+        raise ValueError(
+            f'Specified `attn_implementation="{implementation}"` is not supported: {type(self).__name__} computes '
+            f"masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}; whisper_hf.to_dense(model) gives a "
+            f"model for dense engines. Up to the {budget} tokens of its budget the model is dense itself: with "
+            f"max_position_embeddings={budget} at most it runs with {ENGINES}"
+        )
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any) -> Any:
+        """Share the model between processes by its plan, and by another for heads that cannot be shared evenly."""
+        if distributed_config is not None and model.config.num_key_value_heads % distributed_config.tp_size:
+            plan = model.tp_plan.items()
+            model.tp_plan = {name: UNEVEN_HEADS_TP_PLAN.get(name.rpartition(".")[2], style) for name, style in plan}
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with this code and an `auto_map` that names every Auto class."""
+        """Save as transformers does, with this code, an `auto_map` that names every Auto class, and checksums."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
+        is_worker = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+        is_main = kwargs.get("is_main_process", True) and not is_worker
+        if is_main:
+            Path(save_directory, CHECKSUMS).unlink(missing_ok=True)  # of what is about to be overwritten
         with _without_fsdp_class(self):
             super().save_pretrained(save_directory, **kwargs)
+        if is_main:
+            write_checksums(save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        write_checksums(working_dir)  # before the upload with which `save_pretrained` may end
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _refuse_beside_an_engine(attention_mask: Any, cache: Cache | None) -> None:
+    if attention_mask is not None or cache is not None:
+        raise ValueError(
+            "the attention of an engine keeps keys and sequences by itself, got "
+            f"{'an attention_mask' if cache is None else 'a cache'}; leave it out, or load the model with "
+            f"attn_implementation={MASKED_SPARSE!r}"
+        )
 
 
 class WhisperLMModel(WhisperLMPreTrainedModel):
@@ -370,7 +429,10 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         # the layout before the cache: packed documents are told apart only where nothing is cached
-        if isinstance(attention_mask, dict):
+        if self.config._attn_implementation in ENGINES:
+            _refuse_beside_an_engine(attention_mask, cache)
+            masks = dict.fromkeys(LAYER_TYPES)
+        elif isinstance(attention_mask, dict):
             masks = attention_mask
         else:
             layout = layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids)
@@ -493,6 +555,8 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
 class WhisperLMForSequenceClassification(GenericForSequenceClassification, WhisperLMPreTrainedModel):
     """The decoder with a classifier on the last token that is not padding."""
 
+    _may_be_new = ("score.",)
+
     # the mixin builds its decoder through AutoModel, which does not know a class that runs as remote code
     def __init__(self, config: WhisperLMConfig) -> None:
         super(GenericForSequenceClassification, self).__init__(config)
@@ -504,6 +568,8 @@ class WhisperLMForSequenceClassification(GenericForSequenceClassification, Whisp
 
 class WhisperLMForTokenClassification(GenericForTokenClassification, WhisperLMPreTrainedModel):
     """The decoder with a classifier on every token."""
+
+    _may_be_new = ("score.",)
 
     def __init__(self, config: WhisperLMConfig) -> None:
         super(GenericForTokenClassification, self).__init__(config)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from ..folders import new_folder, save_tokenizer
+from ..folders import load_causal_lm, new_folder, save_tokenizer
 from .recipes import QuantizationConfig, disable_cpu_repacking, dtype_of, resolve, usable_device
 from .report import compare, kept, linear_weights, logits
 from .sensitivity import check_share, keep_layers, layer_divergences, most_sensitive
@@ -86,14 +85,14 @@ def quantize(
     options = {"dtype": dtype, "device_map": {"": device}, **hub_kwargs}
     report: dict[str, Any] = {"source": str(source), "recipe": recipe if isinstance(recipe, str) else "custom"}
     with new_folder(target) as folder:
-        ids = _read(text, save_tokenizer(source, folder, hub_kwargs))
+        ids = _read(text, save_tokenizer(source, folder, config.get_text_config(decoder=True).vocab_size, hub_kwargs))
         if ids is None and (keep or text not in (None, SAMPLE)):
             missing = "text" if text is None else "tokenizer"
             raise ValueError(f"measuring needs a text and a tokenizer, got no {missing}; leave text and keep out")
         sensitive: dict[str, float] = {}
         if ids is not None:
             say("running the source")
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            model = load_causal_lm(source, finite=True, **options)
             before = logits(model, ids)
             if keep:
                 divergences = layer_divergences(model, quantization, ids)
@@ -101,7 +100,7 @@ def quantize(
                 keep_layers(model, quantization, list(sensitive))
             del model
         say(f"quantizing on {device}")
-        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=quantization, **options)
+        model = load_causal_lm(source, finite=ids is None, quantization_config=quantization, **options)
         settings = quantization.to_diff_dict()
         report["quantization_config"] = {key: value for key, value in settings.items() if not key.startswith("_")}
         report |= {"linear_weights": linear_weights(model, sensitive), "kept": kept(model), "sensitive": sensitive}

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from ..folders import new_folder, save_tokenizer
+from ..folders import load_causal_lm, new_folder, save_tokenizer
 from .int8_cpu import Int8CpuConfig
 from .int8_linear import METHOD
 from .recipes import RECIPES, QuantizationConfig, dtype_of, refuse_repacked, resolve
@@ -68,14 +68,14 @@ def merge_adapter(
             model = copy.deepcopy(adapter).unload()
         else:
             options = {"dtype": "auto", "device_map": {"": device}, **quantization, **hub_kwargs}
-            model = AutoModelForCausalLM.from_pretrained(base, **options)
+            model = load_causal_lm(base, **options)
         dense = _dequantized(model, dtype or dtype_of(model.config.dtype) or model.dtype)
         adapted = PeftModel.from_pretrained(dense, path)
         _refuse_tied(adapted)
         adapted.merge_and_unload(safe_merge=True).save_pretrained(folder, max_shard_size=max_shard_size)
         if not is_live:
             has_one = Path(adapter, "tokenizer_config.json").is_file()
-            save_tokenizer(adapter if has_one else base, folder, hub_kwargs)
+            save_tokenizer(adapter if has_one else base, folder, dense.config.vocab_size, hub_kwargs)
 
 
 def _refuse_unmergeable(adapter: Any) -> None:

@@ -1,0 +1,217 @@
+# Copyright 2026 The whisper_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights that are all there and as they were saved, or a `ValueError` that says which file to get again.
+
+transformers reads what it finds, from wherever an index points, and makes the rest up at random, with a warning.
+safetensors notices a damaged header but not a damaged weight, so checkpoints saved by this package carry `SHA256SUMS`,
+in the format of `sha256sum -c`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import cached_files
+
+CHECKSUMS = "SHA256SUMS"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+AGAIN = "download it again (`hf download --force-download`), or save it again"
+
+
+class ShapeMismatchError(ValueError, RuntimeError):
+    """Weights of another shape than the config's; a `RuntimeError` too since that is what transformers raises."""
+
+
+def load_intact(
+    load: Callable[..., Any],
+    source: str | os.PathLike,
+    *args: Any,
+    may_be_new: tuple[str, ...] = (),
+    finite: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Call a `from_pretrained`, and return what it returns, unless weights are missing or damaged.
+
+    Args:
+        load: the method.
+        source: folder or Hub id.
+        args, kwargs: of the method. Only safetensors are read unless `use_safetensors` says otherwise.
+        may_be_new: beginnings of the names of weights that need not be in the checkpoint, such as a classifier's.
+        finite: also refuse integers, infinities and NaN, which takes the time of reading everything.
+
+    Raises:
+        ValueError: what [`intact_files`] refuses; pickled weights; a weight that is missing, or not finite, or, without
+            `ignore_mismatched_sizes`, of another shape.
+        OSError: no safetensors.
+    """
+    if kwargs.get("gguf_file") is None and kwargs.setdefault("use_safetensors", True) is not False:
+        files = intact_files(source, **kwargs)
+        pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if not files and Path(source, name).is_file()]
+        if pickled:
+            raise ValueError(
+                f"{str(source)!r} must hold safetensors, got {pickled[0]}, a pickle, which could run code; ask its "
+                "author for safetensors, or pass use_safetensors=False to read it with torch's restricted unpickler"
+            )
+        if finite:
+            _refuse_non_finite(files)
+    options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = load(source, *args, **options)
+    if found["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
+        name, got, expected = min(found["mismatched_keys"])
+        raise ShapeMismatchError(
+            f"the weights of {str(source)!r} do not fit its config: {name} must have the shape {tuple(expected)}, got "
+            f"{tuple(got)} ({len(found['mismatched_keys'])} such weights); mend config.json, or save the model again"
+        )
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(may_be_new))
+    if missing:
+        raise ValueError(
+            f"{str(source)!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: expected "
+            f"all of them; {AGAIN}, or, to train new weights on purpose, build the model from its config and call "
+            "load_state_dict(weights, strict=False)"
+        )
+    return (model, found) if kwargs.get("output_loading_info") else model
+
+
+def intact_files(source: str | os.PathLike, *, variant: str | None = None, **options: Any) -> list[Path]:
+    """Find the files of weights of a folder or Hub id, download them if need be, and check them.
+
+    Args:
+        source: folder or Hub id.
+        variant: as for `from_pretrained`.
+        options: those of `from_pretrained` that say where to look; others are ignored.
+
+    Returns:
+        paths of safetensors; none where the source has none in the usual place.
+
+    Raises:
+        ValueError: an index that is none, that leads out of the checkpoint, or names a weight that is not in its file;
+            a missing, truncated or garbled file; or contents that `SHA256SUMS` contradicts.
+    """
+    where = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False, **where}
+    single, index_name = (
+        name if variant is None else name.replace(".safetensors", f".{variant}.safetensors")
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    file = cached_file(source, single, **quiet)
+    index = None if file is not None else cached_file(source, index_name, **quiet)
+    if file is not None:
+        files: dict[Path, set[str]] = {Path(file): set()}
+    elif index is not None:
+        weight_map = _weight_map(Path(index))
+        names = sorted(set(weight_map.values()))
+        paths = _shards(source, names, where)
+        files = {
+            path: {weight for weight, shard in weight_map.items() if shard == name}
+            for name, path in zip(names, paths, strict=True)
+        }
+    else:
+        return []
+    for path, weights in files.items():
+        _refuse_garbled(path, weights)
+    sums = cached_file(source, CHECKSUMS, **quiet)
+    if sums is not None:
+        refuse_changed(Path(sums), [*files, *([Path(index)] if index else [])])
+    return list(files)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read an index, and refuse names that lead out of the folder."""
+    try:
+        contents = json.loads(index.read_text(encoding="utf-8"))
+        weight_map, _ = contents["weight_map"], contents["metadata"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # whatever the JSON holds
+        raise ValueError(
+            f"{index} must be JSON with `metadata` and a `weight_map` of names and files, got {error!r}; {AGAIN}"
+        ) from error
+    for shard in shards:
+        parts = PurePosixPath(str(shard).replace("\\", "/"))
+        if not isinstance(shard, str) or parts.is_absolute() or PureWindowsPath(shard).drive or ".." in parts.parts:
+            raise ValueError(
+                f"{index} must name files in its own folder, got {shard!r}; do not use this checkpoint: reading what "
+                "lies elsewhere on this machine is no accident"
+            )
+    return weight_map
+
+
+def _shards(source: str | os.PathLike, names: list[str], where: dict[str, Any]) -> list[Path]:
+    if Path(source).is_dir():
+        return [Path(source, where.get("subfolder", ""), name) for name in names]
+    return [Path(path) for path in cached_files(source, names, **where) or ()]
+
+
+def _refuse_garbled(path: Path, weights: set[str]) -> None:
+    """Refuse a file that safetensors cannot read, or that lacks weights."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            missing = sorted(weights - set(opened.keys()))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got: {error}; {AGAIN}") from error
+    if missing:
+        raise ValueError(f"{path} must hold {missing[0]} according to its index, got a file without it; {AGAIN}")
+
+
+def _refuse_non_finite(files: Iterable[Path]) -> None:
+    for path in files:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                weight = opened.get_tensor(name)
+                if not weight.is_floating_point() or not weight.float().isfinite().all():
+                    raise ValueError(
+                        f"{path} must hold finite floating-point numbers, got {name} of {weight.dtype} with "
+                        f"{weight.numel() - int(weight.float().isfinite().sum())} that are not finite; {AGAIN}"
+                    )
+
+
+def write_checksums(folder: str | os.PathLike, patterns: Iterable[str] = WEIGHT_FILES) -> None:
+    """Write `SHA256SUMS` for files in a folder; `sha256sum -c SHA256SUMS` checks them without this package."""
+    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+    lines = [f"{digest}  {file.name}\n" for file, digest in zip(files, _digests(files), strict=True)]
+    Path(folder, CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def refuse_changed(sums: Path, files: list[Path]) -> None:
+    """Raise a `ValueError` for a file that is not as it was when the sums were written."""
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for file, digest in zip(files, _digests(files), strict=True):
+        if expected.get(file.name) != digest:
+            raise ValueError(
+                f"{file} is not the file that was saved: expected the SHA-256 {expected.get(file.name)} of {sums}, got "
+                f"{digest}; {AGAIN}, or, if it was changed on purpose, delete {CHECKSUMS}"
+            )
+
+
+def _digests(files: Iterable[Path]) -> list[str]:
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return list(pool.map(_digest, files))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
