@@ -185,8 +185,9 @@ def layout_from_inputs(
     batch_size, query_length = inputs_embeds.shape[:2]
     query_offset, (key_length, key_offset) = 0, (query_length, 0)
     if cache is not None:
-        query_offset = cache.get_query_offset(0)
-        key_length, key_offset = cache.get_mask_sizes(query_length, 0)
+        filled = _first_filled_layer(cache)
+        query_offset = cache.get_query_offset(filled)
+        key_length, key_offset = cache.get_mask_sizes(query_length, filled)
     elif attention_mask is not None:
         key_length = attention_mask.shape[1]
 
@@ -208,6 +209,11 @@ def layout_from_inputs(
         attention_mask,
         device=inputs_embeds.device,
     )
+
+
+def _first_filled_layer(cache: Cache) -> int:
+    """Return the number of the first layer that holds keys: a stage of a pipeline fills those of its own layers."""
+    return next((number for number, layer in enumerate(cache.layers) if layer.is_initialized), 0)
 
 
 def masked_sparse_attention_forward(

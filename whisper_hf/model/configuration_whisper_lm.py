@@ -78,9 +78,14 @@ class SparseAttentionConfig:
         """Largest number of blocks that one query attends to."""
         return self.sink_blocks + self.local_blocks + self.topk_blocks
 
+    @property
+    def budget_tokens(self) -> int:
+        """Length up to which sequences are attended densely, in tokens."""
+        return self.budget_blocks * self.block_size
+
     def covers(self, length: int) -> bool:
         """Whether every query of a sequence of `length` tokens sees all of its past (dense causal attention)."""
-        return length <= self.budget_blocks * self.block_size
+        return length <= self.budget_tokens
 
     @classmethod
     def from_value(cls, value: Any) -> "SparseAttentionConfig":
@@ -279,6 +284,12 @@ class WhisperLMConfig(PreTrainedConfig):
                 f"layer_types must name one type per layer (num_hidden_layers={self.num_hidden_layers}), "
                 f"got {len(self.layer_types)} names; leave it out to make every layer sparse"
             )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token of a sequence of up to `max_position_embeddings` tokens sees all of its past."""
+        settings = SparseAttentionConfig.from_value(self.sparse_attention)
+        return MASKED_SPARSE_ATTENTION not in self.layer_types or settings.covers(self.max_position_embeddings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, ready for JSON."""
