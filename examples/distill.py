@@ -1,8 +1,9 @@
 """Distil a language model into a smaller one with sparse attention.
 
     python examples/distill.py --max_steps 20 --output_dir runs/distill       # a few minutes on a CPU
-    accelerate launch examples/distill.py --teacher Qwen/Qwen3-0.6B --num_hidden_layers 14 --bf16 \\
-        --train_data HuggingFaceFW/fineweb-edu --train_split 'train[:1%]' --block_tokens 4096
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 examples/distill.py \\
+        --teacher Qwen/Qwen3-0.6B --num_hidden_layers 14 --block_tokens 4096 --train_data HuggingFaceFW/fineweb-edu \\
+        --train_split 'train[:1%]'
 
 The teacher is SmolLM2-135M-Instruct unless another one is named. The student is cut out of it (fewer layers, narrower
 MLPs) or given, and converted to a WhisperLM; text is tokenized and packed into blocks. All arguments of
@@ -170,7 +171,6 @@ def main() -> None:
         held_out = read_blocks(script.eval_data, script.eval_split, tokenizer, script)
         held_out = held_out.select(range(min(script.eval_blocks, len(held_out))))
     student = load_student(teacher, train, script)
-    perplexities = {"teacher": teacher_perplexity(teacher, args, held_out)}
     trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
@@ -180,7 +180,10 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    perplexities["student_before"] = student_perplexity(trainer)
+    perplexities = {}
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # which shard models for training only
+        perplexities["teacher"] = teacher_perplexity(teacher, args, held_out)
+        perplexities["student_before"] = student_perplexity(trainer)
     trainer.train(resume_from_checkpoint=checkpoint(args))
     perplexities["student_after"] = student_perplexity(trainer)
     trainer.save_model()

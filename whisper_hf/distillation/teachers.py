@@ -156,4 +156,6 @@ def _shard_by_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator) -> n
     config.pop("optimizer", None), config.pop("scheduler", None)
     if config.get("zero_optimization", {}).get("stage") != 3:
         config["zero_optimization"] = {"stage": 0}
-    return deepspeed.initialize(model=teacher, config=config)[0].eval()
+    engine = deepspeed.initialize(model=teacher, config=config)[0]
+    engine.eval()
+    return engine
