@@ -1,0 +1,80 @@
+"""Random values of `sparse_attention`: each works, or raises a `ValueError`."""
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from whisper_hf import SparseAttentionConfig, WhisperLMConfig
+from whisper_hf.model.attention import masked_sparse_attention_forward
+from whisper_hf.model.attention_reference import attention_reference
+from whisper_hf.model.sparse_selection import query_slots, selected_keys, visible_keys
+
+LENGTH = 150
+LEAST = {"block_size": 16, "topk_blocks": 0, "local_blocks": 1, "sink_blocks": 0}
+MOST = 2**20
+ANYTHING = st.one_of(
+    st.integers(-3, 40),
+    st.sampled_from([MOST, MOST + 1, 2 * MOST, 2**70, -(2**70), 16.0, math.nan, math.inf]),
+    st.sampled_from(["16", True, False, None, [16], {}]),
+)
+SIZES = st.sampled_from([16, 16, 32, 64, MOST])
+COUNTS = {name: st.one_of(st.integers(LEAST[name], 3), st.just(MOST)) for name in LEAST if name != "block_size"}
+FEW = {name: st.integers(LEAST[name], 2) for name in COUNTS}
+VALUES = st.one_of(
+    st.fixed_dictionaries({}, optional={"block_size": SIZES, **COUNTS}),
+    st.fixed_dictionaries({"block_size": st.just(16), **FEW}),
+    st.dictionaries(st.sampled_from([*LEAST, "top_k", "blocks"]), ANYTHING, max_size=4),
+    ANYTHING,
+)
+seen: Counter[str] = Counter()
+
+
+def is_valid(value: Any) -> bool:
+    """Say what the documentation says: integers within bounds, and blocks of a power of two."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not value.keys() <= LEAST.keys():
+        return False
+    if not all(type(number) is int and LEAST[name] <= number <= MOST for name, number in value.items()):
+        return False
+    return value.get("block_size", 16).bit_count() == 1
+
+
+def check(value: Any) -> None:
+    """Attend with the value as a model's setting.
+
+    Raises:
+        AssertionError: what is valid does not give the reference's output, or what is not raises no `ValueError`.
+    """
+    layer = SimpleNamespace(config=SimpleNamespace(sparse_attention=value), num_key_value_groups=2)
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randint(-3, 4, (1, heads, LENGTH, 8), generator=generator).double() for heads in (4, 2))
+    try:
+        output, _ = masked_sparse_attention_forward(layer, query, key, key, None, scaling=0.25)
+    except ValueError:
+        assert not is_valid(value), f"{value!r} is refused"
+        assert not isinstance(value, dict) or _is_refused(value), f"{value!r} is accepted in a config"
+        seen["refused"] += 1
+        return
+    assert is_valid(value), f"{value!r} is accepted"
+    settings = SparseAttentionConfig.from_value(value)
+    assert WhisperLMConfig(sparse_attention=value).sparse_attention == settings
+    allowed = visible_keys(None, query_slots(None, LENGTH, LENGTH, query.device), LENGTH)
+    if not settings.covers(LENGTH):
+        allowed = selected_keys(query, key, allowed, settings)
+        seen["sparse"] += 1
+    expected, _ = attention_reference(query, key, key, allowed, 0.25)
+    torch.testing.assert_close(output.transpose(1, 2), expected, rtol=1e-12, atol=1e-12)
+    seen["accepted"] += 1
+
+
+def _is_refused(value: dict) -> bool:
+    try:
+        WhisperLMConfig(sparse_attention=value)
+    except ValueError:
+        return True
+    return False
