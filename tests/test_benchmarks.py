@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import operator
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import attention
 import distillation
 import distillation_memory
 import diversity
+import fsdp
 import layers
 import measuring
 import model as whole_model
@@ -129,6 +131,22 @@ def test_model(tmp_path: Path, start: Start, dense: Path, monkeypatch: pytest.Mo
     assert set(results["perplexity"]) == {"dense", "sparse"}
     assert min(results["perplexity"].values()) > 1
     assert "| training step: peak memory" in capsys.readouterr().out
+
+
+def test_fsdp(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        start(fsdp)
+    assert "start it with torchrun" in capsys.readouterr().err
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, str(value))
+    start(fsdp, "--length", 96, "--batch", 1, "--layers", 1, "--hidden-size", 32, "--rounds", 2)
+    results = written(tmp_path, "fsdp.json")
+    assert results["ratio"] == pytest.approx(results["whisper_lm"] / results["llama"])
+    assert "1 processes, a training step: whisper_lm / llama" in capsys.readouterr().out
 
 
 def test_quantization(tmp_path: Path, start: Start, dense: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

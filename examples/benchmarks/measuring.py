@@ -9,28 +9,36 @@ from pathlib import Path
 Run = Callable[[], object]
 
 
-def alternate(runs: dict[str, Run], seconds: float = 3.0, most: int = 15) -> dict[str, float]:
+def alternate(
+    runs: dict[str, Run],
+    seconds: float = 3.0,
+    most: int = 15,
+    rounds: int | None = None,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, float]:
     """Time competitors in turns, A, B, A, B, so that what else the machine does falls on all alike.
 
     Args:
         runs: a name and a function each; one call of each warms up and is not counted.
         seconds: go on for about this long, but at least for one counted round ...
         most: ... and at most for so many.
+        rounds: or for just so many, where processes must do the same.
+        clock: what is measured, by default process time (of all threads together).
 
     Returns:
-        Median seconds of process time (of all threads together) for each name.
+        Median seconds for each name.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.monotonic()
     for run in runs.values():
         run()
     warm = time.monotonic() - start
-    rounds = max(1, min(most, int(seconds / max(warm, 1e-9))))
+    rounds = rounds or max(1, min(most, int(seconds / max(warm, 1e-9))))
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.process_time()
+            start = clock()
             run()
-            times[name].append(time.process_time() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
