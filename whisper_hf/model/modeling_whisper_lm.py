@@ -370,12 +370,12 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def _refuse_beside_an_engine(attention_mask: Any, cache: Cache | None) -> None:
-    if attention_mask is not None or cache is not None:
+def _refuse_beside_an_engine(**options: Any) -> None:
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if given:
         raise ValueError(
-            "the attention of an engine keeps keys and sequences by itself, got "
-            f"{'an attention_mask' if cache is None else 'a cache'}; leave it out, or load the model with "
-            f"attn_implementation={MASKED_SPARSE!r}"
+            f"the attention of an engine keeps keys and sequences apart by itself, got {', '.join(given)}; pass "
+            f"use_cache=False and no mask or cache, or load the model with attn_implementation={MASKED_SPARSE!r}"
         )
 
 
@@ -430,7 +430,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
 
         # the layout before the cache: packed documents are told apart only where nothing is cached
         if self.config._attn_implementation in ENGINES:
-            _refuse_beside_an_engine(attention_mask, cache)
+            _refuse_beside_an_engine(attention_mask=attention_mask, cache=cache, use_cache=use_cache)
             masks = dict.fromkeys(LAYER_TYPES)
         elif isinstance(attention_mask, dict):
             masks = attention_mask
