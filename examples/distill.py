@@ -28,7 +28,7 @@ try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import datasets
-    from resuming import checkpoint
+    import resuming
     from tabulate import tabulate
     from transformers import Trainer, default_data_collator
 
@@ -184,7 +184,7 @@ def main() -> None:
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # which shard models for training only
         perplexities["teacher"] = teacher_perplexity(teacher, args, held_out)
         perplexities["student_before"] = student_perplexity(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint(args))
+    resuming.train(trainer)
     perplexities["student_after"] = student_perplexity(trainer)
     trainer.save_model()
     trainer.save_state()

@@ -50,7 +50,7 @@ try:
     import datasets
     from accelerate.utils import gather_object
     from peft import LoraConfig, get_peft_model
-    from resuming import checkpoint
+    import resuming
     from sacrebleu.metrics import BLEU, CHRF
     from tabulate import tabulate
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
@@ -378,7 +378,7 @@ def main() -> None:
             measure("before", known, trainer, task, limit)
         if is_main:
             keep(known, path)
-    trainer.train(resume_from_checkpoint=checkpoint(args))
+    resuming.train(trainer)
     trainer.model.merge_adapter()
     measure("after", known, trainer, task, limit)
     save(trainer, script.save)

@@ -32,7 +32,6 @@ def clear_write_errors(folder: str | os.PathLike) -> Iterator[None]:
             raise
         existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
         raise OSError(
-            getattr(error, "errno", None) or errno.ENOSPC,
             f"could not write to the end of a file, with {shutil.disk_usage(existing).free / 1e6:,.0f} MB free in "
             f"{existing}; make room, or raise the limit on file sizes or the quota, and run it again ({error})",
         ) from error
@@ -75,7 +74,7 @@ def load_causal_lm(source: Any, **options: Any) -> Any:
 
     Args:
         source: folder or Hub id.
-        options: of `from_pretrained`, and `finite` of [`load_intact`].
+        options: of `from_pretrained`, and `shapes` and `finite` of [`load_intact`].
 
     Raises:
         ValueError: weights that are damaged, missing or of another shape.
