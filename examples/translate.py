@@ -48,9 +48,9 @@ try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import datasets
+    import resuming
     from accelerate.utils import gather_object
     from peft import LoraConfig, get_peft_model
-    import resuming
     from sacrebleu.metrics import BLEU, CHRF
     from tabulate import tabulate
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
