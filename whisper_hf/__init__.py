@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .conversion import convert_checkpoint, from_dense, to_dense
     from .distillation import DistillationConfig, DistillationTrainer
     from .diversity_callback import DiversityCallback
+    from .finite_gradients import FiniteGradientsCallback
     from .importance import layer_importance
     from .sequence_unlikelihood import SequenceUnlikelihoodCallback
     from .streaming import PackedStream, packed_rows
@@ -50,6 +51,7 @@ _LAZY = {
     "DistillationConfig": "distillation",
     "DistillationTrainer": "distillation",
     "DiversityCallback": "diversity_callback",
+    "FiniteGradientsCallback": "finite_gradients",
     "PackedStream": "streaming",
     "SequenceUnlikelihoodCallback": "sequence_unlikelihood",
     "last_checkpoint": "checkpoints",
@@ -89,6 +91,7 @@ __all__ = [
     "DistillationTrainer",
     "DiversityCallback",
     "DiversityConfig",
+    "FiniteGradientsCallback",
     "Int8CpuConfig",
     "PackedStream",
     "QuantizedSparseCache",

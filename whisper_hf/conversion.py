@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -19,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging
 
 from .folders import load_causal_lm, new_folder, save_tokenizer
+from .model.checkpoint_files import weight_shapes
 from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
 
@@ -95,8 +97,13 @@ def from_dense(
         weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
     else:
         hub_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in ("dtype", "device_map")}
-        sparse_config(AutoConfig.from_pretrained(source, **hub_kwargs), sparse_attention)  # fail before loading weights
-        source = load_causal_lm(source, finite=True, **{"dtype": "auto", **from_pretrained_kwargs})
+        config = sparse_config(AutoConfig.from_pretrained(source, **hub_kwargs), sparse_attention)
+        source = load_causal_lm(
+            source,
+            shapes=lambda: weight_shapes(WhisperLMForCausalLM, config),  # the families have the same ones
+            finite=True,
+            **{"dtype": "auto", **from_pretrained_kwargs},
+        )
         config = sparse_config(source.config, sparse_attention)
         weights = source.state_dict()
     return rebuild(source, WhisperLMForCausalLM, config, weights)
@@ -142,6 +149,8 @@ def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConf
     _refuse_unsupported(dense)
     switches = {ours: getattr(dense, theirs) if isinstance(theirs, str) else theirs for ours, theirs in family.items()}
     shared = {name: copy.deepcopy(getattr(dense, name, None)) for name in SHARED_FIELDS}
+    if shared["pad_token_id"] == -1:  # what early Llamas say where they have none
+        shared["pad_token_id"] = None
     return WhisperLMConfig(**shared, **switches, sparse_attention=sparse_attention, converted_from=dense.model_type)
 
 
@@ -264,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
             dense=options.to_dense,
             max_shard_size=options.max_shard_size,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         parser.error(str(error))
     print(f"converted {options.source} to {options.target}")
 

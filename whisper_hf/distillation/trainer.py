@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..finite_gradients import FiniteGradientsCallback
 from ..sequence_unlikelihood import SequenceUnlikelihoodCallback
 from ..writing import continue_prompts
 from .capture import HeadReplacement
@@ -36,7 +37,8 @@ class DistillationTrainer(Trainer):
 
     All that [`~transformers.Trainer`] does keeps working. Logged beside `loss`, each a mean per token: `divergence`
     (times temperature squared), `cross_entropy`, `hidden_states`, `attention_outputs`. Evaluation reports the same
-    with `eval_`; `eval_cross_entropy` is what plain training calls `eval_loss`, exactly per token.
+    with `eval_`; `eval_cross_entropy` is what plain training calls `eval_loss`, exactly per token. Gradients that are
+    not finite stop training ([`~whisper_hf.FiniteGradientsCallback`]).
 
     Args:
         model (`PreTrainedModel`): the student, also one wrapped by peft.
@@ -81,6 +83,8 @@ class DistillationTrainer(Trainer):
             self.signals.refuse_other(train_dataset, tokenizer, args.temperature)
             train_dataset = numbered
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        if not any(isinstance(callback, FiniteGradientsCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(FiniteGradientsCallback())
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"DataParallel over {self.args.n_gpu} GPUs is not supported; start with `accelerate launch`"

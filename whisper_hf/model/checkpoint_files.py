@@ -26,7 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -45,12 +48,29 @@ AGAIN = "download it again (`hf download --force-download`), or save it again"
 class ShapeMismatchError(ValueError, RuntimeError):
     """Weights of another shape than the config's; a `RuntimeError` too since that is what transformers raises."""
 
+    def __init__(self, source: Any, name: str, expected: Iterable[int], got: Iterable[int]) -> None:
+        super().__init__(
+            f"the weights of {str(source)!r} do not fit its config: {name} must have the shape {tuple(expected)}, got "
+            f"{tuple(got)}; mend config.json, or save the model again"
+        )
+
+
+def weight_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """Return the shapes of a model's weights by name, without allocating them; none where they are quantized."""
+    if getattr(config, "quantization_config", None) is not None:
+        return {}
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config)
+    tied = model.all_tied_weights_keys
+    return {name: weight.shape for name, weight in model.state_dict().items() if name not in tied}
+
 
 def load_intact(
     load: Callable[..., Any],
     source: str | os.PathLike,
     *args: Any,
     may_be_new: tuple[str, ...] = (),
+    shapes: Callable[[], dict[str, torch.Size]] | None = None,
     finite: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -61,6 +81,7 @@ def load_intact(
         source: folder or Hub id.
         args, kwargs: of the method. Only safetensors are read unless `use_safetensors` says otherwise.
         may_be_new: beginnings of the names of weights that need not be in the checkpoint, such as a classifier's.
+        shapes: returns those of the model's weights by name, to be compared before anything is allocated for them.
         finite: also refuse integers, infinities and NaN, which takes the time of reading everything.
 
     Raises:
@@ -68,7 +89,8 @@ def load_intact(
             `ignore_mismatched_sizes`, of another shape.
         OSError: no safetensors.
     """
-    if kwargs.get("gguf_file") is None and kwargs.setdefault("use_safetensors", True) is not False:
+    if kwargs.get("gguf_file") is None and kwargs.get("use_safetensors") is not False:
+        kwargs["use_safetensors"] = True
         files = intact_files(source, **kwargs)
         pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if not files and Path(source, name).is_file()]
         if pickled:
@@ -76,23 +98,16 @@ def load_intact(
                 f"{str(source)!r} must hold safetensors, got {pickled[0]}, a pickle, which could run code; ask its "
                 "author for safetensors, or pass use_safetensors=False to read it with torch's restricted unpickler"
             )
+        if files and shapes is not None and not kwargs.get("ignore_mismatched_sizes"):
+            _refuse_misfit(source, files, shapes(), may_be_new)
         if finite:
             _refuse_non_finite(files)
     options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = load(source, *args, **options)
     if found["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
         name, got, expected = min(found["mismatched_keys"])
-        raise ShapeMismatchError(
-            f"the weights of {str(source)!r} do not fit its config: {name} must have the shape {tuple(expected)}, got "
-            f"{tuple(got)} ({len(found['mismatched_keys'])} such weights); mend config.json, or save the model again"
-        )
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(may_be_new))
-    if missing:
-        raise ValueError(
-            f"{str(source)!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: expected "
-            f"all of them; {AGAIN}, or, to train new weights on purpose, build the model from its config and call "
-            "load_state_dict(weights, strict=False)"
-        )
+        raise ShapeMismatchError(source, name, expected, got)
+    _refuse_missing(source, found["missing_keys"], type(model).__name__, may_be_new)
     return (model, found) if kwargs.get("output_loading_info") else model
 
 
@@ -174,6 +189,33 @@ def _refuse_garbled(path: Path, weights: set[str]) -> None:
         raise ValueError(f"{path} must be a whole safetensors file, got: {error}; {AGAIN}") from error
     if missing:
         raise ValueError(f"{path} must hold {missing[0]} according to its index, got a file without it; {AGAIN}")
+
+
+def _refuse_misfit(
+    source: Any, files: Iterable[Path], shapes: dict[str, torch.Size], may_be_new: tuple[str, ...]
+) -> None:
+    """Refuse weights of other shapes, or fewer, than the config's; a decoder alone has names without `model.`."""
+    expected = {name.removeprefix("model."): shape for name, shape in shapes.items()}
+    found: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                plain, got = name.removeprefix("model."), opened.get_slice(name).get_shape()
+                found.add(plain)
+                if tuple(got) != tuple(expected.get(plain, got)):
+                    raise ShapeMismatchError(source, name, expected[plain], got)
+    absent = [name for name in shapes if name.removeprefix("model.") not in found]
+    _refuse_missing(source, absent, "model of its config", may_be_new)
+
+
+def _refuse_missing(source: Any, names: Iterable[str], kind: str, may_be_new: tuple[str, ...]) -> None:
+    missing = sorted(name for name in names if not name.startswith(may_be_new))
+    if missing:
+        raise ValueError(
+            f"{str(source)!r} lacks {len(missing)} weights of a {kind}, such as {missing[0]}: expected all of them; "
+            f"{AGAIN}, or, to train new weights on purpose, build the model from its config and call "
+            "load_state_dict(weights, strict=False)"
+        )
 
 
 def _refuse_non_finite(files: Iterable[Path]) -> None:

@@ -13,16 +13,31 @@
 # limitations under the License.
 """Configuration of the Whisper language model (a decoder-only text model, not the speech model `whisper`)."""
 
+import functools
 import json
 import os
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+
+from .config_checks import (
+    check_dtype,
+    check_fractions,
+    check_names,
+    check_quantization,
+    check_rope,
+    check_size,
+    check_sizes,
+    check_token_ids,
+    is_number,
+)
 
 FULL_ATTENTION = "full_attention"
 MASKED_SPARSE_ATTENTION = "masked_sparse_attention"
@@ -57,14 +72,15 @@ class SparseAttentionConfig:
     sink_blocks: int = 2
 
     MINIMUM: ClassVar[dict[str, int]] = {"block_size": 16, "topk_blocks": 0, "local_blocks": 1, "sink_blocks": 0}
+    MAXIMUM: ClassVar[int] = 2**20
 
     def __post_init__(self) -> None:
         for name, minimum in self.MINIMUM.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= self.MAXIMUM:
                 raise ValueError(
-                    f"sparse_attention.{name} must be an integer of at least {minimum}, got {value!r}; "
-                    f"the default is {type(self).__dataclass_fields__[name].default}"
+                    f"sparse_attention.{name} must be an integer of at least {minimum} and at most {self.MAXIMUM}, got "
+                    f"{value!r}; the default is {type(self).__dataclass_fields__[name].default}"
                 )
         if self.block_size & (self.block_size - 1):
             lower = 1 << (self.block_size.bit_length() - 1)
@@ -118,14 +134,17 @@ class DiversityConfig:
     gem_beta: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.contrast_weight, bool) or not self.contrast_weight >= 0:
-            raise ValueError(f"diversity.contrast_weight must be 0 or more, got {self.contrast_weight!r}")
-        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
+        if not is_number(self.contrast_weight) or not 0 <= self.contrast_weight < inf:
+            raise ValueError(f"diversity.contrast_weight must be finite, 0 or more, got {self.contrast_weight!r}")
+        if not isinstance(self.window, int) or isinstance(self.window, bool) or not 1 <= self.window <= 2**20:
             raise ValueError(
-                f"diversity.window must be an integer of at least 1, got {self.window!r}; the default is 512"
+                f"diversity.window must be an integer of at least 1 and at most {2**20}, got {self.window!r}; the "
+                "default is 512"
             )
-        if self.gem_beta is not None and (isinstance(self.gem_beta, bool) or not self.gem_beta > 0):
-            raise ValueError(f"diversity.gem_beta must be above 0, got {self.gem_beta!r}; None is cross-entropy")
+        if self.gem_beta is not None and (not is_number(self.gem_beta) or not 0 < self.gem_beta < inf):
+            raise ValueError(
+                f"diversity.gem_beta must be finite and above 0, got {self.gem_beta!r}; None is cross-entropy"
+            )
 
     @classmethod
     def from_value(cls, value: Any) -> "DiversityConfig | None":
@@ -152,6 +171,22 @@ def _settings(cls: Any, name: str, value: Any) -> Any:
     return cls(**value)
 
 
+def _explained(config_class: Any) -> Any:
+    """Let a class whose fields are checked by `strict` raise errors that are `ValueError`s when it is built."""
+    build = config_class.__init__
+
+    @functools.wraps(build)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            build(self, *args, **kwargs)
+        except (StrictDataclassError, KeyError) as error:  # transformers' own checks of RoPE raise the latter
+            raise ValueError(f"the config must have all fields, of the right types: {error}") from error
+
+    config_class.__init__ = init
+    return config_class
+
+
+@_explained
 @strict
 class WhisperLMConfig(PreTrainedConfig):
     r"""Configuration of [`WhisperLMModel`] and its heads; the defaults are those of SmolLM2-135M.
@@ -240,8 +275,12 @@ class WhisperLMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
+        check_sizes(self)  # before a list is as long as there are layers
         if self.layer_types is None:
             self.layer_types = [MASKED_SPARSE_ATTENTION] * self.num_hidden_layers
+        check_dtype(self.dtype if kwargs.get("torch_dtype") is None else kwargs["torch_dtype"])
+        check_size("num_labels", kwargs.get("num_labels"))
+        check_quantization(kwargs.get("quantization_config"))
         self.sparse_attention = SparseAttentionConfig.from_value(self.sparse_attention)
         self.diversity = DiversityConfig.from_value(self.diversity)
         # `strict` wraps what its validators raise in an error that is no ValueError, so they also run here, unwrapped
@@ -252,12 +291,13 @@ class WhisperLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Check that the sizes fit together."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        """Check that the values are sound, and that the sizes fit together."""
+        check_sizes(self)
+        check_fractions(self)
+        check_names(self)
+        check_token_ids(self)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if kv_heads < 1 or heads % kv_heads:
+        if heads % kv_heads:
             divisors = [n for n in range(1, heads + 1) if heads % n == 0]
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads ({heads}), got {kv_heads}; use one of {divisors}"
@@ -270,9 +310,7 @@ class WhisperLMConfig(PreTrainedConfig):
         head_dim = self.hidden_size // heads if self.head_dim is None else self.head_dim
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates pairs) and at least 2, got {head_dim}")
-        rotated = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-        if rotated != 1.0:
-            raise ValueError(f"partial_rotary_factor in rope_parameters must be 1.0 or left out, got {rotated}")
+        check_rope(self.rope_parameters or {}, head_dim)
 
     def validate_layer_type(self) -> None:
         """Check `layer_types`: one known name per layer."""

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed import DistributedConfig
@@ -52,7 +53,7 @@ from .attention import MASKED_SPARSE, cache_kwargs, explicit_mask, layout_from_i
 from .attention_reference import eager_attention_forward
 from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
 from .cache_quantized import QuantizedSparseCache
-from .checkpoint_files import CHECKSUMS, load_intact, write_checksums
+from .checkpoint_files import CHECKSUMS, load_intact, weight_shapes, write_checksums
 from .configuration_whisper_lm import (
     FULL_ATTENTION,
     LAYER_TYPES,
@@ -61,6 +62,7 @@ from .configuration_whisper_lm import (
     WhisperLMConfig,
 )
 from .diversity import use_diversity
+from .input_checks import embed, items_in_batch, refuse_empty, warn_beyond, without_padding
 from .packing import unpack
 
 EXPLICIT_MASKS = ("sdpa", "eager")
@@ -319,7 +321,14 @@ class WhisperLMPreTrainedModel(PreTrainedModel):
         if source is None:  # weights from memory
             loaded = load(None, *args, **kwargs)
         else:
-            loaded = load_intact(load, source, *args, may_be_new=cls._may_be_new, **kwargs)
+
+            def shapes() -> dict[str, torch.Size]:
+                config = kwargs.get("config")
+                if not isinstance(config, PreTrainedConfig):
+                    config, _ = cls.config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+                return weight_shapes(cls, config)
+
+            loaded = load_intact(load, source, *args, may_be_new=cls._may_be_new, shapes=shapes, **kwargs)
         keep_4bit_arrangement(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -421,12 +430,16 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
             `last_hidden_state` (`[B, T, hidden_size]`), `cache`; on request `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, no token in them, or (on a CPU) ids outside
+                the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = embed(self.embed_tokens, input_ids, self.vocab_size)
+        else:
+            inputs_embeds = without_padding(inputs_embeds, attention_mask)
+        refuse_empty(inputs_embeds)
 
         # the layout before the cache: packed documents are told apart only where nothing is cached
         if self.config._attn_implementation in ENGINES:
@@ -441,6 +454,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             seen_tokens = cache.get_seq_length() if cache is not None else 0
+            warn_beyond(self.config.max_position_embeddings, seen_tokens, inputs_embeds.shape[1])
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
 
         hidden_states = inputs_embeds
@@ -500,8 +514,8 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
                 for these positions.
 
         Returns:
-            `loss` (nats per token; divided by `num_items_in_batch` where given), `logits` (`[B, T, V]`),
-            `cache`, and on request `hidden_states` and `attentions`.
+            `loss` (nats per token, or their sum over `num_items_in_batch` where given; 0 if no label counts), `logits`
+            (`[B, T, V]`), `cache`, and on request `hidden_states` and `attentions`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -515,7 +529,10 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            count = items_in_batch(labels, kwargs.pop("num_items_in_batch", None), kwargs.get("shift_labels"))
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=count, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
