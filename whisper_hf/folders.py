@@ -17,6 +17,8 @@ from .model.checkpoint_files import load_intact, write_checksums
 
 logger = logging.get_logger(__name__)
 
+UNTRUSTED = {"trust_remote_code": False}  # what a caller may change; left out, transformers asks on the terminal
+
 
 @contextmanager
 def clear_write_errors(folder: str | os.PathLike) -> Iterator[None]:
@@ -80,7 +82,7 @@ def load_causal_lm(source: Any, **options: Any) -> Any:
         ValueError: weights that are damaged, missing or of another shape.
         OSError: no such checkpoint.
     """
-    return load_intact(AutoModelForCausalLM.from_pretrained, source, **options)
+    return load_intact(AutoModelForCausalLM.from_pretrained, source, **{**UNTRUSTED, **options})
 
 
 def save_tokenizer(
@@ -92,7 +94,7 @@ def save_tokenizer(
         ValueError: a tokenizer with ids beyond the model's vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **(hub_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(source, **{**UNTRUSTED, **(hub_kwargs or {})})
         if len(tokenizer) == len(tokenizer.all_special_ids):  # what some families get where there is no file
             raise ValueError("it has no vocabulary")
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..folders import load_causal_lm
+from ..folders import UNTRUSTED, load_causal_lm
 from .signals_writing import write_signals
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def tokenize(
 
 def cache(options: argparse.Namespace) -> None:
     """Run the command."""
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.teacher, **UNTRUSTED)
     dataset = read_dataset(options.dataset, options.split)
     if "input_ids" not in dataset.column_names:
         dataset = tokenize(dataset, tokenizer, options.text_column, options.max_length)

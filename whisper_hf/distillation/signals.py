@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..model.checkpoint_files import CHECKSUMS, refuse_changed
 from ..model.diversity import IGNORED
 
 MANIFEST = "signals.json"
@@ -88,6 +89,18 @@ def data_digest(examples: Iterable[Mapping[str, Any]]) -> tuple[str, int, int]:
     return digest.hexdigest(), count, tokens
 
 
+def _manifest(path: Path) -> Manifest:
+    """Read what a folder was made from."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        version = contents.get("version")
+        if version == Manifest.version:
+            return Manifest(**contents)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must describe stored signals, got {error!r}; make them again") from error
+    raise ValueError(f"{path.parent} holds signals of version {version}, expected {Manifest.version}")
+
+
 class StoredSignals:
     """Signals, read from a folder.
 
@@ -95,20 +108,25 @@ class StoredSignals:
         folder (`str` or `Path`): what [`write_signals`] wrote.
 
     Raises:
-        ValueError: an unfinished folder, or one of another version.
+        ValueError: an unfinished or damaged folder, or one of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
         import datasets
 
         self.folder = Path(folder)
-        manifest = json.loads((self.folder / MANIFEST).read_text())
-        if manifest.get("version") != Manifest.version:
-            raise ValueError(
-                f"{folder} holds signals of version {manifest.get('version')}, expected {Manifest.version}"
-            )
-        self.manifest = Manifest(**manifest)
-        parts = [datasets.load_from_disk(str(part)) for part in sorted(self.folder.glob("part-*"))]
+        self.manifest = _manifest(self.folder / MANIFEST)
+        parts = []
+        for part in sorted(self.folder.glob("part-*")):
+            if (part / CHECKSUMS).is_file():  # older ones have none
+                refuse_changed(part / CHECKSUMS, sorted(part.glob("*.arrow")))
+            try:
+                parts.append(datasets.load_from_disk(str(part)))
+            except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's and json's among them
+                raise ValueError(
+                    f"{part} must be a data set of stored signals, got {error!r}; delete it and run the same `cache` "
+                    "command again"
+                ) from error
         found = sum(len(part) for part in parts)
         if found != self.manifest.examples:
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..model.checkpoint_files import write_checksums
 from ..objectives import Head, Probabilities
 from .capture import HeadReplacement
 from .signals import MANIFEST, Manifest, data_digest, tokenizer_digest
@@ -120,6 +121,7 @@ def _write_part(path: Path, columns: dict[str, list[np.ndarray]], manifest: Mani
     unfinished = path.with_name(f"unfinished-{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(str(unfinished))
+    write_checksums(unfinished, ("*.arrow",))
     unfinished.rename(path)
 
 

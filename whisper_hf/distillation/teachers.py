@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..folders import load_causal_lm
+from ..folders import UNTRUSTED, load_causal_lm
 from ..objectives import Head
 
 MOST_PADDING = 1024  # rows by which vocabularies of one tokenizer may differ, padded for the sake of speed
@@ -56,7 +56,7 @@ def load_tokenizer(teacher: str | Path | PreTrainedModel) -> PreTrainedTokenizer
     """Return the tokenizer that lies beside a teacher, or `None` where there is none."""
     name = str(teacher) if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
+        return AutoTokenizer.from_pretrained(name, **UNTRUSTED) if name else None
     except (OSError, ValueError):
         return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..folders import load_causal_lm, new_folder, save_tokenizer
+from ..folders import UNTRUSTED, load_causal_lm, new_folder, save_tokenizer
 from .int8_cpu import Int8CpuConfig
 from .int8_linear import METHOD
 from .recipes import RECIPES, QuantizationConfig, dtype_of, refuse_repacked, resolve
@@ -108,7 +108,8 @@ def _missing_quantization(
     base: Any, recipe: str | QuantizationConfig | None, hub_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return how a base must be quantized when it is loaded, if its checkpoint is not."""
-    if getattr(AutoConfig.from_pretrained(base, **hub_kwargs), "quantization_config", None) is not None:
+    found = AutoConfig.from_pretrained(base, **{**UNTRUSTED, **hub_kwargs})
+    if getattr(found, "quantization_config", None) is not None:
         if recipe is not None:
             raise ValueError(f"the base {str(base)!r} is quantized already, got recipe={recipe!r}; leave it out")
         return {}
