@@ -428,6 +428,11 @@ def layer_settings(module: nn.Module, kwargs: dict[str, Any]) -> SparseAttention
 
 def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise a `ValueError` for what masked sparse attention cannot honour, with the remedy."""
+    if kwargs.get("read_index") is not None:
+        raise ValueError(
+            "masked_sparse attention does not read paged caches (continuous batching), got one in "
+            f"{type(module).__name__}; use generate with a batch, or a dense model, which whisper_hf.to_dense gives"
+        )
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
@@ -442,7 +447,6 @@ def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]
         ("softcap", "logit softcapping"),
         ("s_aux", "learned attention sinks"),
         ("position_bias", "position biases"),
-        ("read_index", "paged caches (continuous batching)"),
     ):
         if kwargs.get(name) is not None:
             raise ValueError(
