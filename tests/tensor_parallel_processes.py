@@ -20,6 +20,7 @@ GENERATIONS = {
     "beams": {"num_beams": 3},
     "beams, static": {"num_beams": 3, "cache_implementation": "static"},
     "chunked prefill": {"prefill_chunk_size": 50},
+    "chunked prefill, static": {"prefill_chunk_size": 50, "cache_implementation": "static"},
 }
 
 
@@ -51,10 +52,10 @@ def predictions(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return found
 
 
-def generations(model: PreTrainedModel, kinds: dict[str, dict] = GENERATIONS) -> dict[str, torch.Tensor]:
+def generations(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return what the model writes, with each kind of cache; in float64, so that no tie depends on rounding."""
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    return {kind: model.generate(**padded(), **options, **kinds[kind]) for kind in kinds}
+    return {kind: model.generate(**padded(), **options, **GENERATIONS[kind]) for kind in GENERATIONS}
 
 
 def heads(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -101,7 +102,7 @@ if __name__ == "__main__":
             model = load(folder, torch.float64, pp_size=2)
             with torch.no_grad():
                 found = {"logits": model(**padded()).logits[:, HIDDEN:]}
-            found |= generations(model, {kind: GENERATIONS[kind] for kind in ("dynamic", "static", "beams")})
+            found |= generations(model)
         elif folder.name.startswith("foreign"):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, attn_implementation="masked_sparse", distributed_config=DistributedConfig(tp_plan="auto")

@@ -159,7 +159,11 @@ def _document_starts(predicate: Callable, batch_size: int, key_length: int, offs
 
 
 def layout_from_inputs(
-    inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor | None
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    position_ids: Tensor | None,
+    layer_idx: int = 0,
 ) -> Tensor | None:
     """Describe the inputs of a [`WhisperLMModel`], whatever its attention implementation.
 
@@ -169,6 +173,7 @@ def layout_from_inputs(
         cache (`Cache`, *optional*): the cache, before this forward.
         position_ids (`[B or 1, T]`, *optional*): positions that restart separate packed documents, where there is
             neither an attention mask nor a cache.
+        layer_idx (`int`): a layer for which the cache holds keys.
 
     Returns:
         A layout, `None`, or the four-dimensional mask as it came.
@@ -185,9 +190,8 @@ def layout_from_inputs(
     batch_size, query_length = inputs_embeds.shape[:2]
     query_offset, (key_length, key_offset) = 0, (query_length, 0)
     if cache is not None:
-        filled = _first_filled_layer(cache)
-        query_offset = cache.get_query_offset(filled)
-        key_length, key_offset = cache.get_mask_sizes(query_length, filled)
+        query_offset = cache.get_query_offset(layer_idx)
+        key_length, key_offset = cache.get_mask_sizes(query_length, layer_idx)
     elif attention_mask is not None:
         key_length = attention_mask.shape[1]
 
@@ -209,11 +213,6 @@ def layout_from_inputs(
         attention_mask,
         device=inputs_embeds.device,
     )
-
-
-def _first_filled_layer(cache: Cache) -> int:
-    """Return the number of the first layer that holds keys: a stage of a pipeline fills those of its own layers."""
-    return next((number for number, layer in enumerate(cache.layers) if layer.is_initialized), 0)
 
 
 def masked_sparse_attention_forward(

@@ -402,6 +402,11 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @property
+    def first_layer(self) -> int:
+        """Number of the first layer that is here: later stages of a pipeline, and their caches, lack the first ones."""
+        return next((i for i, layer in enumerate(self.layers) if isinstance(layer, WhisperLMDecoderLayer)), 0)
+
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
@@ -448,12 +453,12 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         elif isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            layout = layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids)
+            layout = layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids, self.first_layer)
             masks = dict.fromkeys(LAYER_TYPES, layout)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen_tokens = cache.get_seq_length() if cache is not None else 0
+            seen_tokens = cache.get_seq_length(self.first_layer) if cache is not None else 0
             warn_beyond(self.config.max_position_embeddings, seen_tokens, inputs_embeds.shape[1])
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
 
@@ -541,8 +546,8 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    @staticmethod
     def create_masks_for_generate(
+        self,
         config: WhisperLMConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
@@ -551,7 +556,7 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> Tensor | None:
         """Prepare the layout outside the compiled forward, for static caches."""
-        return layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids)
+        return layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids, self.model.first_layer)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
