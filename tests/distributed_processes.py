@@ -154,10 +154,11 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
-def kinds_of(trainer: Trainer) -> dict[str, Any]:
-    """Return how models are spread and wrapped."""
+def described(trainer: Trainer) -> dict[str, Any]:
+    """Return how training went, and how models are spread and wrapped."""
     teacher, plugin = getattr(trainer, "teacher", None), getattr(trainer.accelerator.state, "fsdp_plugin", None)
     return {
+        **history(trainer),
         "processes": trainer.accelerator.num_processes,
         "sharded": [any(map(is_sharded, model.parameters())) for model in (trainer.model, teacher) if model],
         "layers": {type(layer).__name__ for layer in trainer.model.model.layers}.pop(),
@@ -172,7 +173,7 @@ def work(layout: str, models: Path, folder: Path) -> None:
         trainer = KINDS[name](models, folder / name, processes)
         trainer.train()
         evaluation = trainer.evaluate() if name == "distilled" else {}
-        found[name] = {**history(trainer), **kinds_of(trainer), "evaluation": evaluation}
+        found[name] = {**described(trainer), "evaluation": evaluation}
         write(trainer, folder / f"{name}.safetensors")
     saving = {"save_strategy": "steps", "save_steps": SAVED}
     if layout != "deepspeed_zero3":
@@ -184,6 +185,10 @@ def work(layout: str, models: Path, folder: Path) -> None:
         run_example(example_command(models, folder / "example", processes))
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # what --fsdp_state_dict_type sets
         distilled(models, folder / "saved in shards", processes, **saving).train()
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as the config has it
+        trainer = distilled(models, folder / "bfloat16", processes)
+        trainer.train()
+        found["bfloat16"] = described(trainer)
     if trainer.is_world_process_zero():
         (folder / "found.json").write_text(json.dumps(found))
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from whisper_hf import last_checkpoint
+
 from .conftest import ROOT, tiny_model
 from .distributed_processes import KINDS, KINDS_OF, SAVED, example_command, history, plain, run_example, weights
 from .test_distillation import teacher_model
@@ -34,13 +36,14 @@ CLOSE = {"rtol": 1e-4, "atol": 5e-6}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer, paragraphs) -> Path:
-    """A folder with a student, two teachers and a text, and one for each layout."""
+    """A folder with a student, two teachers and a text, and one for each layout; some sizes are odd."""
     folder = tmp_path_factory.mktemp("distributed")
     models = folder / "models"
-    tiny_model(initializer_range=0.1, tie_word_embeddings=True).save_pretrained(models / "student")
+    student = tiny_model(initializer_range=0.1, tie_word_embeddings=True, intermediate_size=49)
+    student.save_pretrained(models / "student")
     teacher_model().save_pretrained(models / "teacher")
     tokenizer.save_pretrained(models / "teacher")
-    teacher_model(hidden_size=32).save_pretrained(models / "narrow teacher")
+    teacher_model(hidden_size=32, vocab_size=121).save_pretrained(models / "narrow teacher")
     (models / "text.txt").write_text("\n".join(paragraphs[:8]), encoding="utf-8")
     for layout in LAYOUTS:
         (folder / layout).mkdir()
@@ -107,6 +110,12 @@ def test_two_processes_train_as_one(layout: str, kind: str, folder: Path, found,
         assert shared["evaluation"][name] == pytest.approx(evaluation[name], rel=1e-4)
 
 
+def test_the_precision_of_the_config_trains_alike(found, alone) -> None:
+    expected = alone("distilled")[0]["loss"]
+    assert found["fsdp2"]["bfloat16"]["loss"] == pytest.approx(expected, rel=5e-3)
+    assert found["fsdp2"]["bfloat16"]["loss"] != pytest.approx(expected, rel=1e-5)
+
+
 def test_sharded_processes_unlearn_loops_as_replicated_ones(folder: Path, found) -> None:
     """What is continued depends on the process, and one waits for the other whose continuations end later."""
     assert found["fsdp2"]["loops"]["grad_norm"] == pytest.approx(found["ddp"]["loops"]["grad_norm"], rel=1e-4)
@@ -155,6 +164,7 @@ def test_a_checkpoint_of_fsdp_goes_on_alone(folder: Path, found, alone) -> None:
     with pytest.raises(ValueError, match="only supported when using PyTorch FSDP"):
         resume_alone(folder, saved)
     convert_checkpoint.convert(saved, converted)
+    assert last_checkpoint(converted.parent) == str(converted)
     assert_same_weights(resume_alone(folder, converted), alone("plain")[1])
 
 
@@ -166,6 +176,8 @@ def test_a_checkpoint_of_ddp_goes_on_alone_and_under_fsdp(folder: Path, found, a
 
 def test_checkpoints_of_two_sharding_processes_go_on_in_one(folder: Path, found, alone) -> None:
     """As one file that the first process writes, and as shards that each writes."""
+    for name in ("saved", "saved in shards"):
+        assert last_checkpoint(folder / "fsdp2" / name) == str(folder / "fsdp2" / name / "checkpoint-4")
     launch("fsdp2", folder, 1)
     assert_same_weights(load_file(folder / "fsdp2" / "saved.safetensors"), alone("plain")[1])
     assert_same_weights(load_file(folder / "fsdp2" / "saved in shards.safetensors"), alone("distilled")[1])

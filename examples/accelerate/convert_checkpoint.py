@@ -76,7 +76,7 @@ def convert(source: Path, target: Path) -> None:
         )
     files = to_plain(source) if found >= FSDP else to_fsdp(source)
     with new_folder(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*PLAIN, *FSDP, "rng_state*"))
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*PLAIN, *FSDP))
         for name, content in files.items():
             torch.save(content, folder / name)
 
