@@ -2,11 +2,25 @@
 
 import copy
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Trainer, TrainingArguments, pipeline
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    pipeline,
+)
 
 from whisper_hf import (
     DistillationConfig,
@@ -203,3 +217,30 @@ def test_a_spoilt_weight_is_said_to_be_so(tmp_path) -> None:
     training.model.model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"gradients of step 1 must be finite.*not finite any more"):
         training.train()
+
+
+def sharded_step(process: int, folder: str) -> None:
+    """Take a step on weights that two processes share; then one of them finds NaN in its share."""
+    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=process, world_size=2)
+    model = tiny_model().train()
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer, callback = torch.optim.AdamW(model.parameters()), FiniteGradientsCallback()
+    event = (SimpleNamespace(fp16=False), TrainerState(global_step=7), TrainerControl())
+    callback.on_pre_optimizer_step(*event, model=model, optimizer=optimizer)
+    if process == 1:
+        model.model.layers[1].mlp.up_proj.weight.grad.to_local()[0, 0] = torch.nan
+    try:
+        callback.on_pre_optimizer_step(*event, model=model, optimizer=optimizer)
+    except ValueError as error:
+        (Path(folder) / f"said-{process}").write_text(str(error))
+    distributed.destroy_process_group()
+
+
+def test_nan_in_the_shard_of_one_process_stops_them_all(tmp_path) -> None:
+    torch.multiprocessing.spawn(sharded_step, (str(tmp_path),), nprocs=2)
+    for process in (0, 1):
+        said = (tmp_path / f"said-{process}").read_text()
+        assert "gradients of step 8" in said
+        assert "1 of 25 tensors, such as ['model.layers.1.mlp.up_proj.weight']; the weights are still" in said
