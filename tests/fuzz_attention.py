@@ -111,6 +111,11 @@ class Case:
         return self.written + self.unwritten
 
     @property
+    def is_left_to_sdpa(self) -> bool:
+        """Whether PyTorch's own attention may compute it, from all keys or from those of the chosen blocks."""
+        return self.queries == 1 or self.sliding_window is not None or self.settings.covers(self.length)
+
+    @property
     def scaling(self) -> float:
         """The factor on the logits; unless it is odd, it keeps them exact, also where its root is applied twice."""
         deviation = self.entry * (self.entry + 1) / 3 * self.head_dim**0.5
@@ -357,8 +362,8 @@ def truth(case: Case, states: list[Tensor], allowed: Tensor) -> tuple[list[Tenso
     """Return output and gradients of query, key and value in float64, and how far rounding may move each element.
 
     Rounding moves a weight by a share of it, which grows with the logit unless that is exact, and a logit's gradient by
-    the same share of the sizes of its terms; half precision rounds weights and the saved output once more. The smallest
-    weights count as much as they are clamped to.
+    the same share of the sizes of its terms; half precision rounds weights and the saved output once more, and where
+    PyTorch's own attention computes, the logits, too. The smallest weights count as much as they are clamped to.
     """
     exact = [tensor.detach().double().requires_grad_() for tensor in states]
     upstream = _upstream(case)
@@ -373,7 +378,9 @@ def truth(case: Case, states: list[Tensor], allowed: Tensor) -> tuple[list[Tenso
         unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         coarse = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
         shares = unit * (64 + 8 * largest) + coarse
-        is_exact = not case.odd_scaling and case.path != "triton"
+        if case.is_left_to_sdpa:
+            shares += coarse * largest
+        is_exact = not (case.odd_scaling or case.path == "triton" or (coarse and case.is_left_to_sdpa))
         floor = shown * 2 * math.exp(blockwise_head.UNDERFLOW)
         moved = weights.detach() * (unit * 64 + coarse if is_exact else shares) + floor
         loose = weights.detach() * shares + floor

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, Qwen3Config, StaticCache
 
 from whisper_hf import SparseAttentionConfig
+from whisper_hf.model import cache
 from whisper_hf.model.cache_quantized import QuantizedSparseCache
 
 from .conftest import SIZES, VOCABULARY, tiny_model
@@ -25,7 +26,7 @@ LONGEST, MOST_ROWS = 260, 5
 FIRST = 127 / 4  # of keys and values: with it, a row's scale in 8 bits is a quarter
 FAMILIES = ("sparse", "mixed", "llama", "qwen3")
 KINDS = ("dynamic", "plain", "static", "int8", "offloaded")
-SETTINGS = [(1, 1, 1), (0, 1, 0), (2, 2, 0), (1, 1, 2)]  # topk, local and sink blocks of 16
+SETTINGS = [(1, 1, 1), (1, 1, 0), (2, 1, 0), (0, 1, 1)]  # topk, local and sink blocks of 16
 LENGTHS = st.one_of(st.integers(65, 150), st.integers(65, 150), st.integers(1, 150))  # mostly beyond every budget
 seen: Counter[str] = Counter()
 
@@ -75,6 +76,7 @@ class Caches(RuleBasedStateMachine):
         settings=st.sampled_from(SETTINGS),
         masks=st.sampled_from(["none", "ones", "left", "holes"]),
         counts_positions=st.booleans(),
+        spare=st.sampled_from([16, 24, 256]),
         rows=st.integers(1, 3),
         first=LENGTHS,
         seed=st.integers(0, 2**32 - 1),
@@ -85,6 +87,7 @@ class Caches(RuleBasedStateMachine):
         settings: tuple[int, int, int],
         masks: str,
         counts_positions: bool,
+        spare: int,
         rows: int,
         first: int,
         seed: int,
@@ -93,7 +96,7 @@ class Caches(RuleBasedStateMachine):
         if family not in self.models:
             self.models[family] = rounded_model(family)
         self.model, self.masks, self.counts_positions = self.models[family], masks, counts_positions
-        self.settings = SparseAttentionConfig(16, *settings)
+        self.settings, self.spare = SparseAttentionConfig(16, *settings), spare
         self.generator = torch.Generator().manual_seed(seed)
         self.cache = self._new_cache()
         self._forget(rows)
@@ -135,7 +138,7 @@ class Caches(RuleBasedStateMachine):
         expected = self._logits(self.ids, **inputs, reference=True, use_cache=False)[:, start:]
         if "position_ids" in inputs:
             inputs["position_ids"] = positions[:, start:]
-        with without_streams():
+        with without_streams(), mock.patch.object(cache, "SPARE_TOKENS", self.spare):
             got = self._logits(ids, **inputs, cache=self.cache)
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
         seen["comparisons"] += 1
@@ -160,6 +163,12 @@ class Caches(RuleBasedStateMachine):
     def read(self, count: int) -> None:
         """Read a piece of any length."""
         self._read(count)
+
+    @precondition(_room)
+    @rule(beyond=st.integers(-1, 1))
+    def read_to_a_boundary(self, beyond: int) -> None:
+        """Read until the first row ends with a block, or one token before or after."""
+        self._read(int(beyond - self.shown[0].sum()) % 16 or 16)
 
     @precondition(_room)
     @rule(count=st.integers(1, 5))
