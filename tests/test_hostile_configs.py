@@ -119,7 +119,13 @@ def test_conversion_refuses_hostile_configs_without_a_traceback(name, value, tmp
 
 
 def test_sound_values_at_the_edge_are_accepted() -> None:
-    yarn = {**ROPE, "rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512}
+    yarn = {
+        **ROPE,
+        "rope_type": "yarn",
+        "factor": 1.0,
+        "attention_factor": None,
+        "original_max_position_embeddings": 512,
+    }
     for values in (
         {"eos_token_id": [0, 119], "pad_token_id": None},
         {"initializer_range": 0.0, "attention_dropout": 0},

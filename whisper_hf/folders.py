@@ -65,7 +65,7 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         folder.mkdir()
         with clear_write_errors(target.parent):
             yield folder
-        write_checksums(folder)
+            write_checksums(folder)
         if target.exists():
             target.rmdir()
         folder.rename(target)

@@ -98,7 +98,8 @@ def load_intact(
                 f"{str(source)!r} must hold safetensors, got {pickled[0]}, a pickle, which could run code; ask its "
                 "author for safetensors, or pass use_safetensors=False to read it with torch's restricted unpickler"
             )
-        if files and shapes is not None and not kwargs.get("ignore_mismatched_sizes"):
+        kwargs.pop("force_download", None)  # done
+        if files and shapes is not None and not (kwargs.get("ignore_mismatched_sizes") or kwargs.get("key_mapping")):
             _refuse_misfit(source, files, shapes(), may_be_new)
         if finite:
             _refuse_non_finite(files)

@@ -32,21 +32,25 @@ LARGEST = {
     "num_key_value_heads": 2**13,
     "head_dim": 2**15,
     "max_position_embeddings": 2**40,
-    "num_labels": 2**20,
 }
+MOST_LABELS = 2**20
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
 
 def check_sizes(config: Any) -> None:
     """Raise a `ValueError` for a size that is not positive, or absurd."""
-    for name in LARGEST.keys() - {"num_labels"}:
-        check_size(name, getattr(config, name))
+    for name, largest in LARGEST.items():
+        _check_size(name, getattr(config, name), largest)
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raise a `ValueError` for one size, unless it is left out."""
-    if value is not None and not (isinstance(value, int) and 1 <= value <= LARGEST[name]):
-        raise ValueError(f"{name} must be at least 1 and at most {LARGEST[name]}, got {value!r}; mend the config")
+def check_labels(count: Any) -> None:
+    """Raise a `ValueError` for a number of labels that is not positive, or absurd."""
+    _check_size("num_labels", count, MOST_LABELS)
+
+
+def _check_size(name: str, value: Any, largest: int) -> None:
+    if value is not None and not (isinstance(value, int) and 1 <= value <= largest):  # None: derived from the others
+        raise ValueError(f"{name} must be at least 1 and at most {largest}, got {value!r}; mend the config")
 
 
 def check_fractions(config: Any) -> None:
@@ -88,6 +92,8 @@ def check_rope(parameters: Mapping[str, Any], head_dim: int) -> None:
     if rotated != 1.0:
         raise ValueError(f"partial_rotary_factor in rope_parameters must be 1.0 or left out, got {rotated}")
     for name, value in parameters.items():
+        if value is None and name != "rope_theta":  # derived
+            continue
         lengthwise = name in ("short_factor", "long_factor")
         if lengthwise and (not isinstance(value, list) or len(value) != head_dim // 2):
             raise ValueError(f"{name} in rope_parameters must list {head_dim // 2} numbers (head_dim / 2), got {value}")

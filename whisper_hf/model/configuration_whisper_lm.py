@@ -30,10 +30,10 @@ from transformers.modeling_rope_utils import RopeParameters
 from .config_checks import (
     check_dtype,
     check_fractions,
+    check_labels,
     check_names,
     check_quantization,
     check_rope,
-    check_size,
     check_sizes,
     check_token_ids,
     is_number,
@@ -279,7 +279,7 @@ class WhisperLMConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [MASKED_SPARSE_ATTENTION] * self.num_hidden_layers
         check_dtype(self.dtype if kwargs.get("torch_dtype") is None else kwargs["torch_dtype"])
-        check_size("num_labels", kwargs.get("num_labels"))
+        check_labels(kwargs.get("num_labels"))
         check_quantization(kwargs.get("quantization_config"))
         self.sparse_attention = SparseAttentionConfig.from_value(self.sparse_attention)
         self.diversity = DiversityConfig.from_value(self.diversity)
