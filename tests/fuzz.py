@@ -6,10 +6,13 @@ The same seed gives the same cases. A failing `Case(...)` is run again by `tests
 """
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.stateful import run_state_machine_as_test
 
 from . import conftest, fuzz_attention, fuzz_caches, fuzz_settings  # noqa: F401 (conftest sets Triton's interpreter up)
@@ -17,10 +20,11 @@ from . import conftest, fuzz_attention, fuzz_caches, fuzz_settings  # noqa: F401
 STEPS = 12  # calls in an order of calls, at most
 SHARES = {"attention": 1.0, "triton": 0.01, "caches": 0.05, "settings": 0.1}  # of the cases asked for
 COUNTERS = (fuzz_attention.seen, fuzz_attention.calls, fuzz_caches.seen, fuzz_settings.seen)
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # it would leave a folder here
 
 
 def options(cases: int) -> settings:
-    """Return how Hypothesis runs: nothing is kept on disk, and slow cases are fine."""
+    """Return how Hypothesis runs: no case is kept for the next time, and slow ones are fine."""
     return settings(
         max_examples=cases,
         stateful_step_count=STEPS,

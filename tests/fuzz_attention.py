@@ -130,7 +130,7 @@ def cases(draw: st.DrawFn, triton: bool = False) -> Case:
     topk, local, sink = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 2))
     budget = (topk + local + sink) * block_size
     longest = max(min(4 * budget, 80 if triton else LONGEST), budget + block_size)
-    written = draw(_lengths(budget, longest, block_size))
+    written = draw(st.integers(budget + 1, longest) if triton else _lengths(budget, longest, block_size))
     named = ["blockwise", "decode"] if written >= block_size else ["blockwise"]
     path = "triton" if triton else draw(st.sampled_from(["dispatch"] * 4 + named))
     queries = draw(st.sampled_from([written, 1, 0]) if path != "decode" else st.sampled_from([1, 0]))
