@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from whisper_hf import WhisperLMForCausalLM, convert_checkpoint
+from whisper_hf import WhisperLMForCausalLM, convert_checkpoint, student_from
 from whisper_hf.conversion import main as conversion_command
+from whisper_hf.quantization import quantize
 
 from .conftest import SIZES, tiny_config, tiny_model
 
@@ -116,6 +117,13 @@ def test_conversion_refuses_hostile_configs_without_a_traceback(name, value, tmp
         conversion_command([str(tmp_path / "dense"), str(tmp_path / "target")])
     assert name in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
+
+
+def test_a_config_nested_without_end_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "x": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    for enter in (convert_checkpoint, lambda *paths: quantize(*paths, "nf4"), lambda source, _: student_from(source)):
+        with pytest.raises(ValueError, match=r"config of .*recursion"):
+            enter(tmp_path, tmp_path / "target")
 
 
 def test_sound_values_at_the_edge_are_accepted() -> None:

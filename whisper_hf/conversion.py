@@ -12,14 +12,13 @@ import os
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .folders import UNTRUSTED, load_causal_lm, new_folder, save_tokenizer
+from .folders import load_causal_lm, load_config, new_folder, save_tokenizer
 from .model.checkpoint_files import weight_shapes
 from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
@@ -97,7 +96,7 @@ def from_dense(
         weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
     else:
         hub_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in ("dtype", "device_map")}
-        config = sparse_config(AutoConfig.from_pretrained(source, **{**UNTRUSTED, **hub_kwargs}), sparse_attention)
+        config = sparse_config(load_config(source, **hub_kwargs), sparse_attention)
         source = load_causal_lm(
             source,
             shapes=lambda: weight_shapes(WhisperLMForCausalLM, config),  # the families have the same ones
@@ -273,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
             dense=options.to_dense,
             max_shard_size=options.max_shard_size,
         )
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"converted {options.source} to {options.target}")
 

@@ -9,8 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from .model.checkpoint_files import load_intact, write_checksums
@@ -69,6 +76,19 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         folder.rename(target)
+
+
+def load_config(source: Any, **hub_kwargs: Any) -> PreTrainedConfig:
+    """Load the config of a folder or Hub id.
+
+    Raises:
+        ValueError: fields of wrong types, or JSON nested beyond reason.
+        OSError: no such checkpoint.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, **{**UNTRUSTED, **hub_kwargs})
+    except (StrictDataclassError, RecursionError) as error:
+        raise ValueError(f"the config of {source} must have fields of the right types, got: {error}") from error
 
 
 def load_causal_lm(source: Any, **options: Any) -> Any:

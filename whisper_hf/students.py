@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .conversion import rebuild
-from .folders import UNTRUSTED, load_causal_lm
+from .folders import load_causal_lm, load_config
 from .importance import Batches, calibration_batches, decoder_layers, mean_measures, most_important, refuse_unknown
 
 # part of a layer -> its width in the config, in groups of features that go as a whole; its projections (last: outwards)
@@ -150,7 +150,7 @@ def _size(name: str, value: int | None, maximum: int) -> int:
 def _loaded(teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
     """Load a folder or Hub id in the dtype it was saved in; refuse quantized weights before they are loaded."""
     is_name = isinstance(teacher, str | os.PathLike)
-    config = AutoConfig.from_pretrained(teacher, **UNTRUSTED) if is_name else getattr(teacher, "config", None)
+    config = load_config(teacher) if is_name else getattr(teacher, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("got a teacher with a quantization_config; cut the full-precision one, quantize the student")
     return load_causal_lm(teacher, dtype="auto") if is_name else teacher

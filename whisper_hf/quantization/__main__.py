@@ -7,8 +7,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 from .checkpoints import REPORT, SAMPLE, quantize
 from .recipes import RECIPES
 
@@ -49,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress=lambda line: print(line, file=sys.stderr, flush=True),
             **hub_kwargs,
         )
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     ratio = report["linear_weights"]["ratio_to_float32"]
     print(f"quantized {options.source} to {options.target}: linear weights take {ratio:.3f} of float32; see {REPORT}")

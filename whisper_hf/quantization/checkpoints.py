@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from ..folders import UNTRUSTED, load_causal_lm, new_folder, save_tokenizer
+from ..folders import load_causal_lm, load_config, new_folder, save_tokenizer
 from .recipes import QuantizationConfig, disable_cpu_repacking, dtype_of, resolve, usable_device
 from .report import compare, kept, linear_weights, logits
 from .sensitivity import check_share, keep_layers, layer_divergences, most_sensitive
@@ -133,7 +132,7 @@ def _source_config(source: Any, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
         )
     if Path(source, "adapter_config.json").is_file():
         raise ValueError(f"the source {str(source)!r} has an adapter; merge it first and quantize the result")
-    config = AutoConfig.from_pretrained(source, **{**UNTRUSTED, **hub_kwargs})
+    config = load_config(source, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"the source {str(source)!r} is quantized already, got a quantization_config; quantize the full-precision "

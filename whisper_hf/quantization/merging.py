@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..folders import UNTRUSTED, load_causal_lm, new_folder, save_tokenizer
+from ..folders import load_causal_lm, load_config, new_folder, save_tokenizer
 from .int8_cpu import Int8CpuConfig
 from .int8_linear import METHOD
 from .recipes import RECIPES, QuantizationConfig, dtype_of, refuse_repacked, resolve
@@ -108,7 +108,7 @@ def _missing_quantization(
     base: Any, recipe: str | QuantizationConfig | None, hub_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return how a base must be quantized when it is loaded, if its checkpoint is not."""
-    found = AutoConfig.from_pretrained(base, **{**UNTRUSTED, **hub_kwargs})
+    found = load_config(base, **hub_kwargs)
     if getattr(found, "quantization_config", None) is not None:
         if recipe is not None:
             raise ValueError(f"the base {str(base)!r} is quantized already, got recipe={recipe!r}; leave it out")
