@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from .diversity_callback import DiversityCallback
     from .finite_gradients import FiniteGradientsCallback
     from .importance import layer_importance
+    from .rows import packed_rows
     from .sequence_unlikelihood import SequenceUnlikelihoodCallback
-    from .streaming import PackedStream, packed_rows
+    from .streaming import PackedStream
     from .students import student_from
 
 __version__ = "0.1.0"
@@ -57,7 +58,7 @@ _LAZY = {
     "last_checkpoint": "checkpoints",
     "layer_importance": "importance",
     "model_card": "cards",
-    "packed_rows": "streaming",
+    "packed_rows": "rows",
     "student_from": "students",
 }
 

@@ -1,8 +1,4 @@
-"""Rows for pre-training, packed from a stream of documents, none of which is lost or repeated when training resumes.
-
-A row has a fixed number of tokens. Documents in it do not see each other: positions restart at each, which is what
-tells the model (with no attention mask), and the first token of each is not predicted. A document that does not fit
-goes on in the next row, as one of its own. Epochs follow each other without a gap, so that nothing is left over.
+"""Rows for pre-training from a stream of documents, none of which is lost or repeated when training resumes.
 
 Row `i` of a stream is the same whoever asks for it and whenever. So Trainer's own way to resume, to skip the numbers of
 the rows that it has trained on, is exact: with any number of processes and workers, with accumulated gradients, and in
@@ -13,7 +9,7 @@ written while rows are read. Each is checked when it is used.
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -24,73 +20,16 @@ import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from .model.diversity import IGNORED
+from .rows import Row, encode, make_row, pack
 
 logger = logging.get_logger(__name__)
 
 FOLDER = "stream"  # in a training's output folder
 NOTE_EVERY = 16  # rows of a lane between two notes: what is read again when training resumes, at most
 ENCODED_AT_ONCE = 64  # documents: a fast tokenizer works on them in parallel
-
-Row = dict[str, Tensor]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str | None]) -> list[list[int]]:
-    """Return the token ids of each text, ended by the end-of-text token, if there is one; none of an empty text."""
-    texts, end = [text or "" for text in texts], tokenizer.eos_token_id
-    rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    ended = [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]
-    return [row if text else [] for text, row in zip(texts, ended, strict=True)]
-
-
-def pack(documents: Iterable[list[int]], row_tokens: int, used: int = 0) -> Iterator[tuple[list[list[int]], int]]:
-    """Cut documents into rows; only the last row may be shorter.
-
-    Args:
-        documents: token ids of each.
-        row_tokens: tokens of a row.
-        used: leave out so many tokens of the first document.
-
-    Yields:
-        The pieces that make up a row, and how many tokens of the last document they and those before have used.
-    """
-    pieces: list[list[int]] = []
-    room = row_tokens
-    for tokens in documents:
-        while used < len(tokens):
-            pieces.append(tokens[used : used + room])
-            used, room = used + len(pieces[-1]), room - len(pieces[-1])
-            if not room:
-                yield pieces, used
-                pieces, room = [], row_tokens
-        used = 0
-    if pieces:
-        yield pieces, used
-
-
-def make_row(pieces: list[list[int]]) -> Row:
-    """Return `input_ids`, `position_ids` and `labels`, each `[T]`, int64, of documents that do not see each other."""
-    input_ids = torch.tensor([token for piece in pieces for token in piece])
-    position_ids = torch.cat([torch.arange(len(piece)) for piece in pieces])
-    labels = input_ids.masked_fill(position_ids == 0, IGNORED)  # the token before is another document's
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-
-
-def packed_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, row_tokens: int) -> list[Row]:
-    """Pack some texts once, for evaluation; what is left of the last row is filled with a document without labels."""
-    rows = [pieces for pieces, _ in pack(encode(tokenizer, texts), row_tokens)]
-    if not rows:
-        raise ValueError("there must be text to pack, got none")
-    filling = row_tokens - sum(map(len, rows[-1]))
-    if not filling:
-        return [make_row(pieces) for pieces in rows]
-    last = make_row([*rows[-1], [tokenizer.eos_token_id or 0] * filling])
-    last["labels"][-filling:] = IGNORED
-    return [*(make_row(pieces) for pieces in rows[:-1]), last]
 
 
 @dataclass(frozen=True)
@@ -139,8 +78,9 @@ class PackedStream(torch.utils.data.Dataset[Row]):
     """The rows of one training, as a data set that Trainer can index.
 
     They are dealt to as many lanes as there are processes times workers, so that each reads and tokenizes its share
-    only: whole files if their number allows, else every so many documents. A training that resumes with another number
-    of them keeps its lanes; that is exact, too, but some documents may be read more than once.
+    only: whole files if their number allows, else every so many documents. Each lane has its own epochs, which follow
+    each other without a gap: nothing is left over. A training that resumes with another number of processes or workers
+    keeps its lanes; that is exact, too, but some documents may be read more than once.
 
     Use `data_collator=transformers.default_data_collator`. Collators that pad add an attention mask to a batch, and
     then documents would see each other.
