@@ -336,7 +336,7 @@ def test_the_readme_lists_the_licence_of_every_direct_dependency() -> None:
             continue
         stated = found.get("License-Expression") or " ".join(
             [
-                (found.get("License") or "").splitlines()[0],
+                (found.get("License") or "").split("\n")[0],
                 *(c for c in found.get_all("Classifier", []) if "License" in c),
             ]
         )
