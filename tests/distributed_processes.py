@@ -61,9 +61,9 @@ def diverse(models: Path, folder: Path, processes: int) -> Trainer:
 
 
 def loops(models: Path, folder: Path, processes: int) -> Trainer:
-    """Return a stock trainer against loops: what a process continues depends on its number."""
+    """Return a stock trainer against loops: what a process continues depends on its number, and how long."""
     model = student(models)
-    model.generation_config.eos_token_id = ENDS
+    model.generation_config.eos_token_id = [*range(model.config.vocab_size)] if os.environ["RANK"] == "0" else None
     callback = SequenceUnlikelihoodCallback(every=2, rows=2, prefix_tokens=4, new_tokens=12, ngram=1)
     return plain(models, folder, processes, model=model, callbacks=[callback])
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
@@ -100,7 +100,6 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         saved = saved[0] if isinstance(saved, list) else saved
         for name, value in (saved or {}).get("attributes", {}).items():  # the Trainer restores only on demand
             setattr(self, name, value)
-        self._synced_gpus = isinstance(model, FSDPModule) or None  # None: `generate` finds out
         self._scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         self._seed = args.seed * 1_000_003 + args.process_index * 7_919
         # before FSDP's own hook, which would find itself in the middle of another forward
@@ -142,7 +141,7 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         prefixes, true = self._choose(batch)
         length = true.shape[1] or self.new_tokens
         shown = torch.ones_like(prefixes)
-        own = continue_prompts(model, prefixes, shown, length, synced_gpus=self._synced_gpus, pad_token_id=0)
+        own = continue_prompts(model, prefixes, shown, length, pad_token_id=0)
         self._measure(own["labels"][:, prefixes.shape[1] :], true)
         if not self.alpha:
             return
