@@ -2,7 +2,7 @@
 
     python -m tests.fuzz --cases 10000 --seed 0
 
-The same seed gives the same cases. A failing `Case(...)` is run again by `tests.fuzz_attention.check(Case(...))`.
+The same seed gives the same cases. A failing `Case(...)` is run again by `fuzz_attention.check(Case(...))`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.stateful import run_state_machine_as_test
 
-from . import conftest, fuzz_attention, fuzz_caches, fuzz_settings  # noqa: F401 (conftest sets Triton's interpreter up)
+from . import conftest, fuzz_attention, fuzz_caches, fuzz_cases, fuzz_settings  # noqa: F401 (the first sets Triton up)
 
 STEPS = 12  # calls in an order of calls, at most
 SHARES = {"attention": 1.0, "triton": 0.01, "caches": 0.05, "settings": 0.1}  # of the cases asked for
@@ -42,13 +42,13 @@ def run(name: str, cases: int, seed_: int) -> None:
         AssertionError: a difference; Hypothesis adds the smallest case that shows it.
     """
     if name == "caches":
-        for kind in fuzz_caches.KINDS:
-            machine = type(kind, (fuzz_caches.Caches,), {"kind": kind})
-            run_state_machine_as_test(seed(seed_)(machine), settings=options(-(-cases // len(fuzz_caches.KINDS))))
+        for number, kind in enumerate(fuzz_caches.KINDS):
+            machine = seed(seed_ + number)(type(kind, (fuzz_caches.Caches,), {"kind": kind}))
+            run_state_machine_as_test(machine, settings=options(-(-cases // len(fuzz_caches.KINDS))))
         return
     strategy, check = {
-        "attention": (fuzz_attention.cases(), fuzz_attention.check),
-        "triton": (fuzz_attention.cases(triton=True), fuzz_attention.check),
+        "attention": (fuzz_cases.cases(), fuzz_attention.check),
+        "triton": (fuzz_cases.cases(triton=True), fuzz_attention.check),
         "settings": (fuzz_settings.VALUES, fuzz_settings.check),
     }[name]
 
