@@ -40,7 +40,7 @@ from .conftest import LENGTH, ROOT, tiny_model, tokens
 sys.path.insert(0, str(ROOT / "examples"))
 import resuming
 
-KILLS, STEPS, SAVE_STEPS, ROWS_PER_STEP = 20, 36, 2, 4
+KILLS, STEPS, SAVE_STEPS, ROWS_PER_STEP = 20, 44, 2, 4
 Event = tuple[Any, ...]
 
 fork = multiprocessing.get_context("fork")

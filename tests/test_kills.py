@@ -19,7 +19,7 @@ from whisper_hf.checkpoints import checkpoint_fault
 
 from .conftest import ROOT, SIZES
 
-KILLS, STEPS, ROWS_PER_STEP = 20, 36, 4  # as in kills.py
+KILLS, STEPS, ROWS_PER_STEP = 20, 44, 4  # as in kills.py
 
 
 @pytest.fixture(scope="module")
