@@ -4,7 +4,7 @@ Legend: that of `sparse_selection.py`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
@@ -100,7 +100,7 @@ def cases(draw: st.DrawFn, triton: bool = False) -> Case:
     entry = draw(st.sampled_from([1, 3, 7]))
     spare = EXACT_BITS - math.ceil(math.log2(entry**2 * head_dim * block_size)) - 1
     view = st.sampled_from(["model", "contiguous", "buffer", "strided", "expanded"])
-    return Case(
+    case = Case(
         path=path,
         dtype="float32" if triton else draw(st.sampled_from(["float32", "float32", "float64", "bfloat16"])),
         rows=rows,
@@ -129,6 +129,8 @@ def cases(draw: st.DrawFn, triton: bool = False) -> Case:
         tile=draw(st.sampled_from([None, 7, 40])),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+    # beyond logits of some millions, the gradients of PyTorch's own attention are not numbers
+    return replace(case, loudness=min(case.loudness, 6), tower=0) if case.is_left_to_sdpa else case
 
 
 def _lengths(budget: int, longest: int, block_size: int) -> st.SearchStrategy[int]:
