@@ -1,4 +1,4 @@
-"""A Hub on loopback, in memory: what huggingface_hub needs to push and pull models, and failures to order.
+"""A Hub on loopback, in memory: what huggingface_hub needs for models and small data sets, and failures to order.
 
     with HubServer({"hf_alice": "alice"}) as hub:  # tokens and whose they are
         ...  # HF_ENDPOINT=hub.url and HF_TOKEN in the environment of a process that has yet to import huggingface_hub
@@ -401,7 +401,7 @@ class Request:
 
 
 _REPO = "([^/]+/[^/]+)"
-_API = f"/api/models/{_REPO}"
+_API = f"/api/(?:models|datasets)/{_REPO}"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", "/api/whoami-v2", Request.whoami),
     ("POST", "/api/validate-yaml", Request.validate_card),
@@ -415,5 +415,5 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", f"{_API}/tag/([^/]+)", Request.tag),
     ("GET", f"{_API}(?:/revision/([^/]+))?", Request.info),
     ("GET", f"{_API}/tree/([^/]+)(?:/(.+))?", Request.tree),
-    ("GET HEAD", f"/{_REPO}/resolve/([^/]+)/(.+)", Request.resolve),
+    ("GET HEAD", f"(?:/datasets)?/{_REPO}/resolve/([^/]+)/(.+)", Request.resolve),
 ]

@@ -42,9 +42,7 @@ def test_decoding_stays_close_to_that_from_exact_keys(implementation: str, dtype
         pieces = []
         for start, end in [(0, 100), (100, 150), *((i, i + 1) for i in range(150, LENGTH + padding))]:
             with torch.no_grad():
-                pieces.append(
-                    model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache).logits.float()
-                )
+                pieces.append(model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache).logits.float())
         results.append(torch.cat(pieces, 1)[:, padding:].softmax(-1))
     torch.testing.assert_close(results[1][:, : 100 - padding], results[0][:, : 100 - padding])  # the first are exact
     dense = tiny_model(layer_types=["full_attention"] * 2).to(dtype)(ids, attention_mask=mask).logits[:, padding:]

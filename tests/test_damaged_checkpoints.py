@@ -226,7 +226,7 @@ def test_every_flipped_bit_is_noticed(saved, tmp_path) -> None:
                 changed = bytearray(contents)
                 flip(bit)(changed)
                 file.write_bytes(changed)
-                with pytest.raises(ValueError, match="is not the file that was saved|must"):
+                with pytest.raises(ValueError, match=r"is not the file that was saved|must"):
                     load_teacher(folder, None)
             file.write_bytes(contents)
         load_teacher(folder, None)

@@ -1,6 +1,7 @@
 """Models go to a Hub and come back, by the real client: whole, or not at all with a clear error."""
 
 import importlib.util
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from whisper_hf import model_card
 from whisper_hf.results import save_results
 
-from .conftest import tiny_model, tokens
+from .conftest import ROOT, tiny_model, tokens
 from .hub_client import ClientError, HubClient
 from .hub_server import HubServer, LargeFile
 
@@ -384,6 +385,49 @@ def test_a_card_travels_with_its_model(hub, alice, stranger, folder, tmp_path) -
 
     with_plugin, without = re.findall(r"```python\n(.*?)```", in_repo(), flags=re.DOTALL)
     assert alice.run(execute, code=with_plugin) == stranger.run(execute, code=without) == model.num_parameters()
+
+
+def push_texts(repo_id: str, files: dict[str, str]) -> None:
+    """Push files to a data set."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset")
+    for name, content in files.items():
+        api.upload_file(path_or_fileobj=content.encode(), path_in_repo=name, repo_id=repo_id, repo_type="dataset")
+
+
+def packed(repo_id: str, examples: str, tokenizer: str, folder: str, rows: list[int]) -> list[list[int]]:
+    """Return the tokens of some rows of a data set that `examples/pretrain.py` streams."""
+    import sys
+
+    from transformers import AutoTokenizer, TrainingArguments
+
+    sys.path.insert(0, examples)
+    import pretrain
+
+    script = pretrain.ScriptArguments(train_data=[repo_id])
+    args = TrainingArguments(folder, max_steps=40, train_sampling_strategy="sequential", use_cpu=True)
+    documents = pretrain.read(script.train_data, script.train_split, script)
+    stream = pretrain.PackedStream(documents, AutoTokenizer.from_pretrained(tokenizer), args, row_tokens=64)
+    return [stream[row]["input_ids"].tolist() for row in rows]
+
+
+def test_a_data_set_is_streamed_and_resumed(alice, folder, tmp_path, tokenizer, paragraphs) -> None:
+    """Texts of two files, in rows; then rows in the middle of the second epoch, by notes of where they begin."""
+    lines = [json.dumps({"text": text}) for text in paragraphs[:12]]
+    files = {f"train-{i}.jsonl": "\n".join(lines[i::2]) for i in range(2)}
+    alice.run(push_texts, repo_id="alice/texts", files=files)
+    same = {"repo_id": "alice/texts", "examples": str(ROOT / "examples"), "tokenizer": str(folder)}
+    rows = alice.run(packed, **same, folder=str(tmp_path / "stream"), rows=[*range(280)])
+    expected = tokenizer(paragraphs[:12])["input_ids"]
+    read = [token for row in rows for token in row]
+    assert len(read) > 2 * sum(map(len, expected))
+    ends = [i for i, token in enumerate(read) if token == tokenizer.eos_token_id]
+    documents = [read[start + 1 : end] for start, end in zip([-1, *ends], ends, strict=False)]
+    for epoch in range(2):
+        assert sorted(documents[12 * epoch : 12 * (epoch + 1)]) == sorted(expected)
+    assert alice.run(packed, **same, folder=str(tmp_path / "stream"), rows=[190, 191]) == rows[190:192]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="there is no hf_xet")
