@@ -244,7 +244,7 @@ def test_wrong_metadata_are_refused(results: Path, changes: dict[str, Any], erro
         model_card(tiny_model(), results, **{**KNOWN, **changes})
 
 
-def test_only_whole_language_models_have_a_card(results: Path) -> None:
+def test_only_whole_language_models_have_a_card(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     for model in (
         WhisperLMModel(tiny_config()),
@@ -255,6 +255,7 @@ def test_only_whole_language_models_have_a_card(results: Path) -> None:
         with pytest.raises(ValueError, match=f"for a WhisperLMForCausalLM, got {type(model).__name__}"):
             model_card(model, results, **KNOWN)
     model = tiny_model()
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0")  # 5.24 asks for one that is not out yet
     model.add_adapter(LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="one with an adapter; merge it first"):
         model_card(model, results, **KNOWN)

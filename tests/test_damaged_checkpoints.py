@@ -119,7 +119,7 @@ ONE_FILE = {
     "flipped in the header": (edit_bytes(flip(8 * 20)), ["whole", "header"]),
     "without a weight": (
         edit_tensors(lambda tensors: tensors.pop(first_weight(tensors))),
-        ["lacks 1 weights", "lm_head.weight", "load_state_dict"],
+        ["lacks 1 weights", "lm_head.weight", "output_loading_info"],
     ),
     "of another shape": (edit_tensors(shorten), ["lm_head.weight", "(120, 32)", "(119, 32)", "config.json"]),
 }
@@ -256,5 +256,7 @@ def test_what_a_task_adds_may_be_new_and_the_decoder_may_not(saved, tmp_path) ->
     AutoModel.from_pretrained(saved["sparse"]).save_pretrained(tmp_path / "decoder")
     with pytest.raises(ValueError, match=r"lacks 1 weights of a model of its config, such as lm_head.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+    _, found = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", output_loading_info=True)
+    assert found["missing_keys"] == {"lm_head.weight"}  # whoever asks is told
     resized = AutoModelForCausalLM.from_pretrained(saved["sparse"], vocab_size=99, ignore_mismatched_sizes=True)
     assert resized.lm_head.weight.shape[0] == 99  # asked for in so many words

@@ -205,13 +205,13 @@ def test_the_config_is_saved_and_validated(tmp_path) -> None:
     assert loaded.config.diversity == DiversityConfig(**STRONG)
     assert loaded.train()(TEXT, labels=TEXT).loss > tiny_model()(TEXT, labels=TEXT).loss
     for value, message in (
-        ({"contrast_weight": -1.0}, "contrast_weight must be 0 or more, got -1.0"),
-        ({"window": 0}, "window must be an integer of at least 1, got 0"),
+        ({"contrast_weight": -1.0}, "contrast_weight must be finite, 0 or more, got -1.0"),
+        ({"window": 0}, "window must be an integer of at least 1 and at most 1048576, got 0"),
         (
             {"strength": 1.0},
             r"diversity has no field 'strength'; the fields are \['contrast_weight', 'window', 'gem_beta'\]",
         ),
-        ({"gem_beta": 0.0}, "gem_beta must be above 0, got 0.0"),
+        ({"gem_beta": 0.0}, "gem_beta must be finite and above 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_config(diversity=value)

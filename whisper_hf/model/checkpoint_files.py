@@ -51,7 +51,8 @@ class ShapeMismatchError(ValueError, RuntimeError):
     def __init__(self, source: Any, name: str, expected: Iterable[int], got: Iterable[int]) -> None:
         super().__init__(
             f"the weights of {str(source)!r} do not fit its config: {name} must have the shape {tuple(expected)}, got "
-            f"{tuple(got)}; mend config.json, or save the model again"
+            f"{tuple(got)}; mend config.json, or save the model again, or, to train new weights in their place, pass "
+            "ignore_mismatched_sizes=True"
         )
 
 
@@ -76,6 +77,8 @@ def load_intact(
 ) -> Any:
     """Call a `from_pretrained`, and return what it returns, unless weights are missing or damaged.
 
+    With `output_loading_info=True` weights may be missing: whoever asks for the list is told.
+
     Args:
         load: the method.
         source: folder or Hub id.
@@ -89,6 +92,8 @@ def load_intact(
             `ignore_mismatched_sizes`, of another shape.
         OSError: no safetensors.
     """
+    if kwargs.get("output_loading_info"):
+        may_be_new = ("",)
     if kwargs.get("gguf_file") is None and kwargs.get("use_safetensors") is not False:
         kwargs["use_safetensors"] = True
         files = intact_files(source, **kwargs)
@@ -214,8 +219,7 @@ def _refuse_missing(source: Any, names: Iterable[str], kind: str, may_be_new: tu
     if missing:
         raise ValueError(
             f"{str(source)!r} lacks {len(missing)} weights of a {kind}, such as {missing[0]}: expected all of them; "
-            f"{AGAIN}, or, to train new weights on purpose, build the model from its config and call "
-            "load_state_dict(weights, strict=False)"
+            f"{AGAIN}, or, to train new weights on purpose, pass output_loading_info=True, which returns their names"
         )
 
 
