@@ -439,7 +439,7 @@ def test_other_sizes_are_refused(source: Path, tmp_path: Path) -> None:
     load(source).save_pretrained(tmp_path / "quantized")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", intermediate_size=64)
-    with pytest.raises(RuntimeError, match="do not fit its config: .*mlp"):
+    with pytest.raises(RuntimeError, match=r"do not fit its config: .*mlp"):
         AutoModelForCausalLM.from_pretrained(source, intermediate_size=64, quantization_config=Int8CpuConfig())
 
 
