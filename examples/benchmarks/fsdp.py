@@ -1,6 +1,6 @@
 """What a WhisperLM adds to a training step under FSDP 2, beside a LlamaForCausalLM with the same weights.
 
-    torchrun --nproc_per_node 2 examples/benchmarks/fsdp.py                              # two CPU processes: 3 minutes
+    torchrun --nproc_per_node 2 examples/benchmarks/fsdp.py                              # two CPU processes: 2 minutes
     torchrun --nproc_per_node 8 examples/benchmarks/fsdp.py --hidden-size 4096 --layers 16 --length 1536      # on GPUs
 
 Both models are sharded layer by layer, with activation checkpointing, and trained with AdamW on the same random tokens,
