@@ -29,7 +29,7 @@ from whisper_hf import (
     WhisperLMForCausalLM,
     convert_checkpoint,
 )
-from whisper_hf.model.modeling_whisper_lm import ATTENTION_IMPLEMENTATIONS
+from whisper_hf.model.pretrained import ATTENTION_IMPLEMENTATIONS
 from whisper_hf.quantization import quantize
 
 from .conftest import LENGTH, SIZES, VOCABULARY, tiny_model, tokens
