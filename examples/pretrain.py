@@ -233,13 +233,14 @@ def main() -> None:
         trainer, tokenizer, texts = prepare(script, args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"pretrain.py: {' '.join(str(error).split())}") from error
-    found = {"before": trainer.evaluate()["eval_perplexity"]}
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # for training only, and not before
+    found = {} if is_sharded else {"before": trainer.evaluate()["eval_perplexity"]}
     resuming.train(trainer)
     found["after"] = trainer.evaluate()["eval_perplexity"]
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("perplexity", found)
-    sample = "" if trainer.is_fsdp_enabled else write(trainer, tokenizer, texts[-1], script)
+    sample = "" if is_sharded else write(trainer, tokenizer, texts[-1], script)
     if trainer.is_world_process_zero():
         print("\n" + tabulate(found.items(), ["", "perplexity"], floatfmt=".2f"))
         print(f"per token, on {len(texts)} held-out documents of {len(trainer.eval_dataset)} rows")
