@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .model.checkpoint_files import load_intact, write_checksums
+from .model.checkpoint_files import CHECKSUMS, load_intact, write_checksums
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,7 @@ def _is_write_error(error: Exception) -> bool:
 def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Give a folder beside the target that becomes the target at the end, or vanishes if there was an error.
 
-    The weights in it get checksums.
+    The weights in it get checksums, if they have none yet.
 
     Raises:
         ValueError: a target that holds something; nothing has been made yet.
@@ -72,7 +72,8 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         folder.mkdir()
         with clear_write_errors(target.parent):
             yield folder
-            write_checksums(folder)
+            if not (folder / CHECKSUMS).is_file():
+                write_checksums(folder)
         if target.exists():
             target.rmdir()
         folder.rename(target)
