@@ -24,22 +24,20 @@ computed densely and masked here: what is measured is the choice, not speed, but
 """
 
 import argparse
-import inspect
 import json
 import math
 import sys
-import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from measuring import alternate
 from tabulate import tabulate
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -50,15 +48,12 @@ from whisper_hf.model.blockwise_plan import choose_blocks, plan_rows
 from whisper_hf.model.sparse_selection import block_scores, top_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from long_texts import ROOM, facts, hide, losses, read, share_found, tokens_found
 from smollm2 import smollm2_checkpoint
 
-BOOK = Path(__file__).resolve().parents[1] / "data" / "northanger_abbey.txt"
-PROGRAM = (tarfile, inspect)  # of the standard library
 SEGMENT, ROWS = 1024, 256  # tokens: reported together; attended from at once
 SINK = 32  # tokens
-ROOM = 256  # tokens of a text left to facts and questions
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-NAMES = ("Anna", "Boris", "Clara", "David", "Elena")
 LOCAL, REACHED = "local, 64", "oracle, 64"
 SCORES, SIZES = ("summed", "heads", "second"), (64, 32, 16)
 WAYS = ("dense", LOCAL, REACHED, *(f"{score}, {size}" for score in SCORES for size in SIZES))
@@ -150,14 +145,6 @@ def use(way: str, budget: int) -> None:
     LAB.score, LAB.settings, LAB.recalled, LAB.seen = score, settings_for(way, budget), 0.0, 0
 
 
-@torch.no_grad()
-def losses(model: Any, ids: Tensor) -> Tensor:
-    """Return the cross-entropy of each token but the first, `[T - 1]`."""
-    states = model.model(ids[None], use_cache=False).last_hidden_state[0]
-    parts = zip(states[:-1].split(ROWS), ids[1:].split(ROWS), strict=True)
-    return torch.cat([cross_entropy(model.lm_head(part), wanted, reduction="none") for part, wanted in parts])
-
-
 def measure_perplexity(model: Any, ids: Tensor) -> dict[str, Any]:
     """Return perplexity of every 1,024 tokens and of the second half, and the recall of attention."""
     found = losses(model, ids)
@@ -168,46 +155,13 @@ def measure_perplexity(model: Any, ids: Tensor) -> dict[str, Any]:
     }
 
 
-def facts(tokenizer: Any, prose: Tensor, depths: tuple[float, ...]) -> tuple[Tensor, list[slice]]:
-    """Hide a key number at each depth of a text and ask for all of them, in another order.
-
-    Returns:
-        token ids, and where the answers are.
-    """
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    numbers = torch.randint(10000, 100000, (len(depths),), generator=torch.Generator().manual_seed(len(prose))).tolist()
-    ids: list[int] = []
-    bounds = [0, *(int(depth * len(prose)) for depth in depths), len(prose)]
-    for index, (start, stop) in enumerate(pairwise(bounds)):
-        ids += prose[start:stop].tolist()
-        if index < len(depths):
-            ids += encode(f"\n\nThe pass key of {NAMES[index]} is {numbers[index]}. Remember it.\n\n")
-    answers = []
-    for index in sorted(range(len(depths)), key=lambda i: (i * 3) % 5):
-        ids += encode(f"\n\nThe pass key of {NAMES[index]} is")
-        answer = encode(f" {numbers[index]}")
-        answers.append(slice(len(ids), len(ids) + len(answer)))
-        ids += answer + encode(".")
-    return torch.tensor(ids), answers
-
-
-@torch.no_grad()
-def digits_found(model: Any, ids: Tensor, answers: list[slice]) -> float:
-    """Return the share of the answers' tokens that are the likeliest, given those before."""
-    states = model.model(ids[None], use_cache=False).last_hidden_state[0]
-    right = [model.lm_head(states[a.start - 1 : a.stop - 1]).argmax(-1) == ids[a] for a in answers]
-    return torch.cat(right).float().mean().item()
-
-
 def measure_retrieval(model: Any, tokenizer: Any, texts: Iterable[Tensor]) -> dict[str, float]:
     """Return the share of digits found in texts: of one pass key at each depth, and of five facts at once."""
     proses = [ids[:-ROOM] for ids in texts]
-    alone = [digits_found(model, *facts(tokenizer, prose, (depth,))) for prose in proses for depth in DEPTHS]
-    together = [digits_found(model, *facts(tokenizer, prose, DEPTHS)) for prose in proses]
-    return {"pass key": sum(alone) / len(alone), "facts": sum(together) / len(together)}
+    alone = [hide(tokenizer, prose, facts((depth,), len(prose))) for prose in proses for depth in DEPTHS]
+    together = [hide(tokenizer, prose, facts(DEPTHS, len(prose))) for prose in proses]
+    found = {"pass key": alone, "facts": together}
+    return {name: mean(share_found(tokens_found(model, *ask)) for ask in asked) for name, asked in found.items()}
 
 
 def measure_cost(budget: int, size: int, heads: int, kv_heads: int, width: int) -> dict[str, float]:
@@ -228,19 +182,6 @@ def measure_cost(budget: int, size: int, heads: int, kv_heads: int, width: int) 
 
     seconds = alternate({"selection": select, "attention": run}, seconds=60)
     return {"share": seconds["selection"] / seconds["attention"], "summary_bytes": 4 * width}
-
-
-def read(tokenizer: Any, paths: list[Path], length: int) -> dict[str, Tensor]:
-    """Return the first tokens of texts, by name."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in paths}
-    if not texts:
-        texts = {"novel": BOOK.read_text(encoding="utf-8"), "program": "".join(map(inspect.getsource, PROGRAM))}
-    read = {}
-    for name, text in texts.items():
-        read[name] = torch.tensor(tokenizer(text[: 8 * length], add_special_tokens=False).input_ids[:length])
-        if len(read[name]) < length:
-            raise SystemExit(f"the text {name} must have {length} tokens, got {len(read[name])}; name a longer one")
-    return read
 
 
 def report(results: dict[str, Any]) -> str:

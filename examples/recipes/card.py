@@ -1,0 +1,80 @@
+"""Writes the card of what a recipe made, from its results files, with the checksums of all weights.
+
+    python examples/recipes/card.py runs/whisper-lm-135m model_cards/whisper-lm-135m
+
+The target gets the results files, the config, `SHA256SUMS` and `README.md`. With `--repo-id YOU/NAME` the card can be
+pushed beside the weights.
+"""
+
+import argparse
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from recipe import RECIPES, TEACHER
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from whisper_hf import model_card
+
+TASKS = ("perplexity", "retrieval", "repetition", "translation", "size", "speed")  # tables, in this order
+CONFIG, SUMS = "config.json", "SHA256SUMS"
+SCRIPTS = {"whisper-lm-135m": "whisper_lm_135m.py", "whisper-lm-mini": "whisper_lm_mini.py --baselines"}
+LIMITS = {
+    "whisper-lm-135m": [
+        "It was adapted on three novels and on program text, with facts hidden in them that were worded as those that "
+        "it is measured with; other names, numbers and works.",
+        "Weights of the source had been rounded to few bits before, so quantizing them again loses less than it would "
+        "in other models.",
+    ],
+    "whisper-lm-mini": [
+        "It has read three novels and program text, no more: it knows far less than its teacher, finds no facts far "
+        "back, and cannot chat.",
+        "Without a teacher means trained on the same rows in as many steps, from random weights or from those that "
+        "were cut out of the teacher.",
+    ],
+}
+
+
+def write_card(folder: Path, name: str, teacher: str = TEACHER, repo_id: str | None = None) -> ModelCard:
+    """Return the card of a folder that holds a config and results files."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):  # a card needs no weights
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    commands = [f"python examples/recipes/{SCRIPTS.get(name, 'RECIPE')}"]
+    commands += [f"python examples/recipes/{script}.py runs/{name}" for script in ("measure", "translation")]
+    known = {"name": name, "license": "apache-2.0", "commands": commands, "base_model": teacher, "repo_id": repo_id}
+    results = [file for task in TASKS if (file := folder / f"{task}.json").exists()]
+    return model_card(model, results, **known, limits=LIMITS.get(name, []))
+
+
+def checksums(made: Path) -> str:
+    """Return a line for each file of weights, as `sha256sum` writes it."""
+    folders = ["model", *(f"model-{form}{part}" for form in RECIPES for part in ("", "-adapter"))]
+    files = [file for folder in folders for file in sorted((made / folder).glob("*.safetensors"))]
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(made)}" for file in files]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the card and what belongs to it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("made", type=Path, help="what a recipe made")
+    parser.add_argument("target", type=Path, help="folder of the card")
+    parser.add_argument("--results", type=Path, help="folder of results files (default: results, beside the models)")
+    parser.add_argument("--teacher", default=TEACHER, help="Hub id (default: %(default)s)")
+    parser.add_argument("--repo-id", help="where the model will be found")
+    options = parser.parse_args()
+    options.target.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        file = (options.results or options.made / "results") / f"{task}.json"
+        if file.exists():
+            shutil.copy(file, options.target)
+    shutil.copy(options.made / "model" / CONFIG, options.target)
+    (options.target / SUMS).write_text(checksums(options.made), encoding="utf-8")
+    write_card(options.target, options.made.name, options.teacher, options.repo_id).save(options.target / "README.md")
+
+
+if __name__ == "__main__":
+    main()

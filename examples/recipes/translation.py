@@ -1,0 +1,99 @@
+"""Measures translation after tuning: BLEU and chrF of what a recipe made beside its teacher, and quantized.
+
+    pip install -e ".[examples,metrics]"
+    python examples/recipes/translation.py runs/whisper-lm-135m
+
+`examples/translate.py` tunes the dense teacher and the model on verses from English into Spanish (its arguments can be
+given after `--`) and scores whole books held out; the tuned model is then quantized, and scored again. Passages of a
+few verses fit into the sparse budget: what this compares is what models have learnt, not their attention.
+
+What has been measured is kept, and what was interrupted goes on.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from recipe import RECIPES, teacher_source
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import translate
+from measure import DENSE, device
+
+from whisper_hf.quantization import quantize
+from whisper_hf.results import Record, load_results, save_results
+
+SPARSE = '{"block_size": 16, "topk_blocks": 86, "local_blocks": 16, "sink_blocks": 2}'
+TASK, DATASET = "translation after tuning", "verses from English into Spanish, whole books held out"
+
+
+def tune(model: str, output: Path, options: argparse.Namespace) -> None:
+    """Tune a model, and save it merged."""
+    if (output / translate.RESULTS).exists():
+        return
+    command = [sys.executable, str(Path(translate.__file__)), "--model", model, "--output_dir", str(output)]
+    command += ["--sparse_attention", SPARSE, "--bf16", "--save", "merged", "--resume_from_checkpoint", "last"]
+    command += ["--max_steps", str(options.steps), "--eval_examples", str(options.passages), "--samples", "0"]
+    command += [] if torch.cuda.is_available() else ["--use_cpu"]
+    subprocess.run([*command, *options.more], check=True)
+
+
+def scores(name: str, tuned: Path, form: str | None = None) -> list[Record]:
+    """Return BLEU and chrF of a tuned model, or of a quantized form of it."""
+    known = json.loads((tuned / translate.TRANSLATIONS).read_text(encoding="utf-8"))
+    found = known["scores"]["after"]
+    if form is not None:
+        folder = tuned / form
+        if not folder.exists():
+            quantize(tuned, folder, RECIPES[form], text=None)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        task = translate.Task(translate.load_tokenizer(str(tuned)), known["script"]["target_language"])
+        sources, references = ([sample[side] for sample in known["samples"]] for side in ("source", "reference"))
+        args = TrainingArguments("unused", per_device_eval_batch_size=16, report_to="none")
+        found = translate.score(translate.translate(model.to(args.device), task, sources, args, None), references)
+    return [Record(name, TASK, DATASET, title, found[key]) for key, title in (("bleu", "BLEU"), ("chrf", "chrF"))]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("made", type=Path, help="what a recipe made")
+    add("--teacher", help="path or Hub id (default: SmolLM2-135M-Instruct)")
+    add("--output", type=Path, help="folder of the results file (default: results, beside the models)")
+    add("--steps", type=int, default=60, help="of tuning (default: %(default)s)")
+    add("--passages", type=int, default=16, help="to translate (default: %(default)s)")
+    options = parser.parse_args(own)
+    options.output, options.more = options.output or options.made / "results", more
+    return options
+
+
+def main() -> None:
+    """Tune and score what has not been scored."""
+    options = parse_arguments()
+    logging.disable_progress_bar()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path, name = options.output / "translation.json", options.made.name
+    records = list(load_results(path).records) if path.exists() else []
+    teacher = teacher_source(options.teacher)
+    for base, model in ((DENSE, teacher), (name, str(options.made / "model"))):
+        tuned = options.made / ("translation-teacher" if base == DENSE else "translation")
+        tune(model, tuned, options)
+        for form in (None, *RECIPES):
+            column = base if form is None else f"{base} {form}"
+            if column not in {record.model for record in records} and (base == name or form is None):
+                records += scores(column, tuned, form)
+                save_results(path, records, command=shlex.join(["python", *sys.argv]), device=device())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""whisper-lm-mini: a sparse student of less than half the parameters, cut out of its teacher and distilled from it.
+
+    python examples/recipes/whisper_lm_mini.py                  # under an hour on two CPU cores
+    python examples/recipes/whisper_lm_mini.py --size gpu       # sized for 25 minutes of one GPU
+    python examples/recipes/whisper_lm_mini.py --size gpu --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct \\
+        --num_hidden_layers 9 --train_data HuggingFaceFW/fineweb-edu
+    python examples/recipes/whisper_lm_mini.py --baselines      # also what the same student learns without a teacher
+
+The layers without which the teacher's perplexity rises most are kept, one after the other being removed. The student
+learns the teacher's predictions (forward KL) and hidden states, and not to repeat itself: the contrast with tokens that
+would go on with a repetition, and unlikelihood of loops in its own text. Then int8 and nf4 are made, each with an
+adapter that has learnt on the quantized weights.
+
+What is there is not made again, and training goes on from its last checkpoint: after an interruption run it again. All
+arguments of `DistillationConfig`, and so of transformers' Trainer, can be given; `--help` lists them.
+"""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import corpus
+import torch
+from recipe import RecipeArguments, learn, load, once, parse, quantized_forms, save, teacher_source
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from whisper_hf import DistillationConfig, SequenceUnlikelihoodCallback, from_dense, student_from
+from whisper_hf.importance import calibration_batches, most_important
+
+SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}
+LAYERS = "layers.json"  # which layers of the teacher the student has
+SHARED = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True}
+SHARED |= {"output_dir": "runs/whisper-lm-mini", "hidden_states_weight": 1.0, "diversity_weight": 0.5}
+SIZES = {
+    "cpu": {
+        "max_steps": 700,
+        "per_device_train_batch_size": 2,
+        "save_steps": 100,
+        "use_cpu": True,
+        "recovery_steps": 60,
+    },
+    "gpu": {"max_steps": 4000, "per_device_train_batch_size": 32, "save_steps": 500, "recovery_steps": 300},
+}
+
+
+@dataclass
+class MiniArguments(RecipeArguments):
+    """And what concerns the student."""
+
+    num_hidden_layers: int = field(default=10, metadata={"help": "that the student keeps"})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "channels that its MLPs keep; by default all"}
+    )
+    calibration_rows: int = field(default=2, metadata={"help": "training examples that they are chosen on"})
+    baselines: bool = field(default=False, metadata={"help": "also train the same student without a teacher"})
+
+
+def cut(folder: Path, source: str, rows: list[list[int]], script: MiniArguments, args: DistillationConfig) -> None:
+    """Choose layers of the teacher by what perplexity is without them, and save the student that has the others."""
+    teacher, calibration = load(source, args), rows[: script.calibration_rows]
+    batches = calibration_batches(calibration, teacher)
+    layers = most_important(teacher, script.num_hidden_layers, batches, "perplexity")
+    shape = {"layers": layers, "intermediate_size": script.intermediate_size}
+    student = from_dense(student_from(teacher, **shape, calibration=calibration), sparse_attention=SPARSE)
+    save(student, source, folder)
+    kept = {"kept": layers, "of": teacher.config.num_hidden_layers}
+    (folder / LAYERS).write_text(json.dumps(kept) + "\n", encoding="utf-8")
+
+
+def imitated(layers: dict) -> list[tuple[int, int]]:
+    """Return pairs of a student's layer and the teacher's layer whose output its successor was trained to read."""
+    after = [*(layer - 1 for layer in layers["kept"][1:]), layers["of"] - 1]
+    return list(enumerate(after))
+
+
+def distil(folder: Path, student: Path, source: str, rows: list[list[int]], args: DistillationConfig) -> None:
+    """Let the student learn from its teacher and from its own loops, and save it."""
+    set_seed(args.seed)
+    args = dataclasses.replace(args, layer_map=imitated(json.loads((student / LAYERS).read_text(encoding="utf-8"))))
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    learn(model, load(source, args), rows, args, callbacks=[SequenceUnlikelihoodCallback(every=16)])
+    save(model, student, folder)
+
+
+def train_alone(student: Path, start: str, rows: list[list[int]], args: DistillationConfig, folder: Path) -> None:
+    """Train the student, or one of its shape with random weights, on the text alone, and save it."""
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    if start == "random":
+        model = type(model)(model.config)
+    learn(model, None, rows, args)
+    save(model, student, folder)
+
+
+def main() -> None:
+    """Make what is not there yet."""
+    script, args = parse(SIZES, MiniArguments, **SHARED)
+    output, source = Path(args.output_dir), teacher_source(script.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+    rows = corpus.read_rows(script.train_data, tokenizer, script.row_tokens, count, script.text_column, args.seed)
+    student = once(output / "cut", lambda folder: cut(folder, source, rows, script, args))
+    settings = dataclasses.replace(args, output_dir=str(output / "training"))
+    model = once(output / "model", lambda folder: distil(folder, student, source, rows, settings))
+    quantized_forms(model, source, rows, script, settings)
+    for start in ("cut", "random") if script.baselines else ():
+        alone = dataclasses.replace(args, output_dir=str(output / f"training-{start}"))
+        once(output / f"{start}-without-teacher", functools.partial(train_alone, student, start, rows, alone))
+    print(f"done: {model} and its quantized forms beside it; the checkpoints in {output}/training* can go")
+
+
+if __name__ == "__main__":
+    main()
