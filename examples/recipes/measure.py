@@ -217,21 +217,22 @@ def run(task: str, of: list[Subject], to: Setting) -> None:
     known = {record.model for record in records}
     if task not in FULL:
         of = [subject for subject in of if subject.name not in ALONE.values() and not subject.name.endswith(" alone")]
-    missing = [subject for subject in of if subject.name not in known]
+    missing = [s for s in of if s.name not in known and s.name in (to.options.models or [s.name])]
     if task == "speed":
         if missing:
-            keep(path, list(speed({subject.name: subject.load(to.options.dtype) for subject in of}, to)))
+            models = {subject.name: subject.load(to.options.dtype) for subject in of}
+            keep(path, list(speed(models, to)), to.options.command)
         return
     for subject in missing:
         found = measure(task, subject, to)
         print(*(f"{r.model}: {r.metric} {r.value:.4g} {r.settings}" for r in found), sep="\n", flush=True)
         records += found
-        keep(path, records)
+        keep(path, records, to.options.command)
     if task == "repetition" and PEOPLE not in known:
-        keep(path, records + list(repetition(PEOPLE, None, to)))
+        keep(path, records + list(repetition(PEOPLE, None, to)), to.options.command)
 
 
-def keep(path: Path, records: list[Record]) -> None:
+def keep(path: Path, records: list[Record], command: str) -> None:
     """Write a results file, with perplexities relative to the teacher's."""
     dense = {record.what[2:]: record.value for record in records if record.model == DENSE}
     ratios = [
@@ -240,7 +241,6 @@ def keep(path: Path, records: list[Record]) -> None:
         if record.metric == "perplexity" and record.model != DENSE and record.what[2:] in dense
     ]
     kept = [record for record in records if record.metric != "over the teacher's"]
-    command = shlex.join(["python", "examples/recipes/measure.py", *sys.argv[1:]])
     save_results(path, kept + ratios, command=command, device=device())
 
 
@@ -258,14 +258,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--teacher", help="path or Hub id (default: SmolLM2-135M-Instruct)")
     add("--output", type=Path, help="folder of results files and card (default: results, beside the models)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure (default: all)")
+    add("--models", nargs="+", help="columns to measure (default: all; speed compares all in any case)")
     add("--works", type=Path, nargs="+", default=[], help="held-out texts (default: a novel and program text)")
     add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens (default: %(default)s)")
-    add("--windows", type=int, default=3, help="beginnings in each work (default: %(default)s)")
+    add("--windows", type=int, default=2, help="beginnings in each work (default: %(default)s)")
     add("--prompts", type=int, default=32, help="texts to continue (default: %(default)s)")
     add("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16, help="(default: bfloat16)")
     add("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
     options = parser.parse_args()
     options.output = options.output or options.made / "results"
+    # of all parts alike: a results file may be filled by several runs
+    options.command = f"python examples/recipes/measure.py {options.made}"
+    for name in ("teacher", "works", "lengths", "windows", "prompts", "threads"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            options.command += f" --{name} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
     return options
 
 

@@ -56,7 +56,8 @@ def scores(name: str, tuned: Path, form: str | None = None) -> list[Record]:
         task = translate.Task(translate.load_tokenizer(str(tuned)), known["script"]["target_language"])
         sources, references = ([sample[side] for sample in known["samples"]] for side in ("source", "reference"))
         args = TrainingArguments("unused", per_device_eval_batch_size=16, report_to="none")
-        found = translate.score(translate.translate(model.to(args.device), task, sources, args, None), references)
+        longest = known["script"]["max_new_tokens"]
+        found = translate.score(translate.translate(model.to(args.device), task, sources, args, longest), references)
     return [Record(name, TASK, DATASET, title, found[key]) for key, title in (("bleu", "BLEU"), ("chrf", "chrF"))]
 
 

@@ -3,13 +3,13 @@
     python examples/recipes/whisper_lm_mini.py                  # under an hour on two CPU cores
     python examples/recipes/whisper_lm_mini.py --size gpu       # sized for 25 minutes of one GPU
     python examples/recipes/whisper_lm_mini.py --size gpu --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct \\
-        --num_hidden_layers 9 --train_data HuggingFaceFW/fineweb-edu
+        --train_data HuggingFaceFW/fineweb-edu
     python examples/recipes/whisper_lm_mini.py --baselines      # also what the same student learns without a teacher
 
-The layers without which the teacher's perplexity rises most are kept, one after the other being removed. The student
-learns the teacher's predictions (forward KL) and hidden states, and not to repeat itself: the contrast with tokens that
-would go on with a repetition, and unlikelihood of loops in its own text. Then int8 and nf4 are made, each with an
-adapter that has learnt on the quantized weights.
+The layers without which the teacher's perplexity rises most are kept, one after the other being removed, and in them
+the channels of the MLPs that are most active. The student learns the teacher's predictions (forward KL) and hidden
+states, and not to repeat itself: the contrast with tokens that would go on with a repetition, and unlikelihood of loops
+in its own text. Then int8 and nf4 are made, each with an adapter that has learnt on the quantized weights.
 
 What is there is not made again, and training goes on from its last checkpoint: after an interruption run it again. All
 arguments of `DistillationConfig`, and so of transformers' Trainer, can be given; `--help` lists them.
@@ -31,15 +31,16 @@ from whisper_hf.importance import calibration_batches, most_important
 
 SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}
 LAYERS = "layers.json"  # which layers of the teacher the student has
-SHARED = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True}
+SHARED = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True}
 SHARED |= {"output_dir": "runs/whisper-lm-mini", "hidden_states_weight": 1.0, "diversity_weight": 0.5}
 SIZES = {
     "cpu": {
-        "max_steps": 700,
+        "max_steps": 300,
         "per_device_train_batch_size": 2,
-        "save_steps": 100,
+        "save_steps": 50,
         "use_cpu": True,
-        "recovery_steps": 60,
+        "recovery_steps": 40,
+        "chunk_tokens": 512,  # in bfloat16 adding up the head's gradient takes longer than computing it
     },
     "gpu": {"max_steps": 4000, "per_device_train_batch_size": 32, "save_steps": 500, "recovery_steps": 300},
 }
@@ -49,23 +50,24 @@ SIZES = {
 class MiniArguments(RecipeArguments):
     """And what concerns the student."""
 
-    num_hidden_layers: int = field(default=10, metadata={"help": "that the student keeps"})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "that are kept; by default 8 of 15"})
     intermediate_size: int | None = field(
-        default=None, metadata={"help": "channels that its MLPs keep; by default all"}
+        default=None, metadata={"help": "channels of its MLPs that are kept; by default 4 of 7, a multiple of 16"}
     )
-    calibration_rows: int = field(default=2, metadata={"help": "training examples that they are chosen on"})
+    calibration_tokens: int = field(default=256, metadata={"help": "of each text that they are chosen on"})
     baselines: bool = field(default=False, metadata={"help": "also train the same student without a teacher"})
 
 
 def cut(folder: Path, source: str, rows: list[list[int]], script: MiniArguments, args: DistillationConfig) -> None:
-    """Choose layers of the teacher by what perplexity is without them, and save the student that has the others."""
-    teacher, calibration = load(source, args), rows[: script.calibration_rows]
+    """Choose layers of the teacher by what perplexity on rows is without them, and save a student with the others."""
+    teacher, calibration = load(source, args), [row[: script.calibration_tokens] for row in rows]
     batches = calibration_batches(calibration, teacher)
-    layers = most_important(teacher, script.num_hidden_layers, batches, "perplexity")
-    shape = {"layers": layers, "intermediate_size": script.intermediate_size}
+    depth, width = teacher.config.num_hidden_layers, teacher.config.intermediate_size
+    layers = most_important(teacher, script.num_hidden_layers or depth * 8 // 15, batches, "perplexity")
+    shape = {"layers": layers, "intermediate_size": script.intermediate_size or width * 4 // 7 // 16 * 16}
     student = from_dense(student_from(teacher, **shape, calibration=calibration), sparse_attention=SPARSE)
     save(student, source, folder)
-    kept = {"kept": layers, "of": teacher.config.num_hidden_layers}
+    kept = {"kept": layers, "of": depth}
     (folder / LAYERS).write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
@@ -100,8 +102,9 @@ def main() -> None:
     output, source = Path(args.output_dir), teacher_source(script.teacher)
     tokenizer = AutoTokenizer.from_pretrained(source)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-    rows = corpus.read_rows(script.train_data, tokenizer, script.row_tokens, count, script.text_column, args.seed)
-    student = once(output / "cut", lambda folder: cut(folder, source, rows, script, args))
+    read = functools.partial(corpus.read_rows, script.train_data, tokenizer, script.row_tokens)
+    few, rows = (read(number, script.text_column, args.seed) for number in (len(script.train_data), count))
+    student = once(output / "cut", lambda folder: cut(folder, source, few, script, args))
     settings = dataclasses.replace(args, output_dir=str(output / "training"))
     model = once(output / "model", lambda folder: distil(folder, student, source, rows, settings))
     quantized_forms(model, source, rows, script, settings)
