@@ -40,10 +40,16 @@ def read(tokenizer: Any, paths: Sequence[Path], length: int) -> dict[str, Tensor
     return works
 
 
+def read_through(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """Return the last hidden states, `[T, D]`, the ids on the model's device, and the head."""
+    ids = ids.to(model.device)
+    return model.get_decoder()(ids[None], use_cache=False).last_hidden_state[0], ids, model.get_output_embeddings()
+
+
 @torch.no_grad()
 def losses(model: Any, ids: Tensor) -> Tensor:
     """Return the cross-entropy in nats of each token but the first, `[T - 1]`."""
-    states, head = model.get_decoder()(ids[None], use_cache=False).last_hidden_state[0], model.get_output_embeddings()
+    states, ids, head = read_through(model, ids)
     parts = zip(states[:-1].split(PART), ids[1:].split(PART), strict=True)
     return torch.cat([cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts])
 
@@ -105,7 +111,7 @@ def hide(tokenizer: Any, prose: Tensor, hidden: Sequence[Fact]) -> tuple[Tensor,
 @torch.no_grad()
 def tokens_found(model: Any, ids: Tensor, answers: list[slice]) -> list[Tensor]:
     """Return for each answer which of its tokens are the likeliest, given those before."""
-    states, head = model.get_decoder()(ids[None], use_cache=False).last_hidden_state[0], model.get_output_embeddings()
+    states, ids, head = read_through(model, ids)
     return [head(states[a.start - 1 : a.stop - 1]).argmax(-1) == ids[a] for a in answers]
 
 

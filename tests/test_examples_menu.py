@@ -10,7 +10,7 @@ EXAMPLES = ROOT / "examples"
 MENU = (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["", "benchmarks"])
+@pytest.mark.parametrize("folder", ["", "benchmarks", "recipes"])
 def test_every_script_is_on_the_menu(folder: str) -> None:
     scripts = {path.relative_to(EXAMPLES).as_posix() for path in (EXAMPLES / folder).glob("*.py")}
     assert scripts

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from whisper_hf import model_card
 from whisper_hf.results import save_results
 
-from .conftest import ROOT, tiny_model, tokens
+from .conftest import ROOT, SIZES, tiny_model, tokens
 from .hub_client import ClientError, HubClient
 from .hub_server import HubServer, LargeFile
 
@@ -428,6 +428,37 @@ def test_a_data_set_is_streamed_and_resumed(alice, folder, tmp_path, tokenizer, 
     for epoch in range(2):
         assert sorted(documents[12 * epoch : 12 * (epoch + 1)]) == sorted(expected)
     assert alice.run(packed, **same, folder=str(tmp_path / "stream"), rows=[190, 191]) == rows[190:192]
+
+
+def test_a_recipe_takes_hub_ids(alice, tmp_path, tokenizer, paragraphs) -> None:
+    """The teacher and the text from a Hub, all else as on the command line."""
+
+    def make(recipes: str, arguments: list[str], output: str) -> list[str]:
+        import os
+        import sys
+
+        sys.path.insert(0, recipes)
+        sys.argv = ["whisper_lm_mini.py", *arguments, "--output_dir", output]
+        import whisper_lm_mini
+
+        whisper_lm_mini.main()
+        return os.listdir(output)
+
+    LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 3})).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    alice.run(upload, folder=str(tmp_path / "dense"), repo_id="alice/dense")
+    alice.run(
+        push_texts,
+        repo_id="alice/prose",
+        files={"train.jsonl": "\n".join(json.dumps({"prose": text}) for text in paragraphs)},
+    )
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 32, "row_tokens": 64, "max_steps": 1, "recovery_steps": 0}
+    arguments = {"teacher": "alice/dense", "train_data": "alice/prose", "text_column": "prose", **sizes}
+    words = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
+    output = str(tmp_path / "made")
+    made = alice.run(make, recipes=str(ROOT / "examples" / "recipes"), arguments=words, output=output)
+    assert {"cut", "model", "model-int8-adapter", "model-nf4-adapter"} <= {*made}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "made" / "model").config.num_hidden_layers == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="there is no hf_xet")

@@ -18,13 +18,14 @@ import argparse
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import RECIPES, teacher_source
+from recipe import PLACE, RECIPES, teacher_source
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, set_seed
 from transformers.utils import logging
@@ -56,7 +57,7 @@ class Subject:
 
     def load(self, dtype: torch.dtype) -> Any:
         """Return the model."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, **PLACE)
         return (model if self.adapter is None else PeftModel.from_pretrained(model, self.adapter)).eval()
 
     @property
@@ -163,12 +164,21 @@ def speed(models: dict[str, Any], to: Setting) -> Iterator[Record]:
     ids = next(iter(to.works.values()))
     for length in dict.fromkeys((min(to.options.lengths) * 2, max(to.options.lengths))):
         for metric, make in (("prompt", reading), ("new tokens", writing)):
-            seconds = alternate({name: make(model, ids[None, :length]) for name, model in models.items()}, rounds=1)
+            runs = {name: make(model, ids[None, :length].to(model.device)) for name, model in models.items()}
+            seconds = alternate(runs, rounds=1, clock=now)
             for name, value in seconds.items():
                 where = {"tokens before": length} if make is writing else {"tokens": length}
                 yield Record(
                     name, "speed", "time of the dense teacher over own", metric, seconds[DENSE] / value, settings=where
                 )
+
+
+def now() -> float:
+    """Return process time, or on a GPU the time at which it has nothing left to do."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def reading(model: Any, ids: Tensor) -> Run:

@@ -35,6 +35,7 @@ except ImportError as error:
 
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default teacher is a copy of
 RECIPES = {"int8": "int8", "nf4": "nf4-double"}  # the quantized forms of each model
+PLACE: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}  # what is loaded goes there
 RANK = 12  # of the adapters that make up for quantization
 QUIET = {"report_to": "none", "per_device_train_batch_size": 1, "save_total_limit": 1, "logging_steps": 5}
 
@@ -60,7 +61,7 @@ def parse(
     sizes: dict[str, dict[str, Any]], kind: type = RecipeArguments, **shared: Any
 ) -> tuple[Any, DistillationConfig]:
     """Read the command line, with the defaults of the size that it names."""
-    chosen = argparse.ArgumentParser(add_help=False)
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--size", choices=sizes, default="cpu")
     size = chosen.parse_known_args()[0].size
     parser = HfArgumentParser((kind, DistillationConfig))
@@ -83,8 +84,9 @@ def teacher_source(given: str | None) -> str:
 
 
 def load(source: str | Path, args: DistillationConfig) -> Model:
-    """Return a model that is not trained, in the dtype that training computes in."""
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if args.bf16 else torch.float32).eval()
+    """Return a model that is not trained, or quantized, in the dtype that training computes in."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **PLACE).eval()
 
 
 def as_dataset(rows: list[list[int]]) -> datasets.Dataset:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from recipe import RECIPES, teacher_source
+from recipe import PLACE, RECIPES, teacher_source
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import logging
 
@@ -52,12 +52,12 @@ def scores(name: str, tuned: Path, form: str | None = None) -> list[Record]:
         folder = tuned / form
         if not folder.exists():
             quantize(tuned, folder, RECIPES[form], text=None)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **PLACE).eval()
         task = translate.Task(translate.load_tokenizer(str(tuned)), known["script"]["target_language"])
         sources, references = ([sample[side] for sample in known["samples"]] for side in ("source", "reference"))
         args = TrainingArguments("unused", per_device_eval_batch_size=16, report_to="none")
         longest = known["script"]["max_new_tokens"]
-        found = translate.score(translate.translate(model.to(args.device), task, sources, args, longest), references)
+        found = translate.score(translate.translate(model, task, sources, args, longest), references)
     return [Record(name, TASK, DATASET, title, found[key]) for key, title in (("bleu", "BLEU"), ("chrf", "chrF"))]
 
 
