@@ -532,6 +532,18 @@ def test_no_tensor_holds_the_logits_of_all_tokens(kind: str, head: str, monkeypa
     assert dense.elements >= n * V
 
 
+def test_chunks_are_larger_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, sizes = 10 * WIDTH, []
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", V)  # a token at a time
+    (hidden, _, labels), module = student_of(n=n), head_of("without bias")[0]
+    terms = chunked._terms
+    monkeypatch.setattr(chunked, "_terms", lambda logits, *a, **k: sizes.append(len(logits)) or terms(logits, *a, **k))
+    chunked_distillation_loss(hidden, module, labels, None, cross_entropy_weight=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        chunked_distillation_loss(hidden, module, labels, None, cross_entropy_weight=1.0)
+    assert sizes == [1] * n + [WIDTH] * 10
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("head", ["with bias", "low rank"])
 def test_no_tokens_give_no_loss(kind: str, head: str) -> None:

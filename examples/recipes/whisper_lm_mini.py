@@ -40,7 +40,6 @@ SIZES = {
         "save_steps": 50,
         "use_cpu": True,
         "recovery_steps": 40,
-        "chunk_tokens": 512,  # in bfloat16 adding up the head's gradient takes longer than computing it
     },
     "gpu": {"max_steps": 4000, "per_device_train_batch_size": 32, "save_steps": 500, "recovery_steps": 300},
 }

@@ -18,6 +18,7 @@ from .targets import Target
 
 CHUNK_ELEMENTS = {"cpu": 3 * 2**20}  # logits at once, per model; more take memory, fewer read the head more often
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
+CHUNK_TOKENS_AUTOCAST = 512  # on a CPU whose half precision is fast
 
 
 class TokenLosses(NamedTuple):
@@ -88,11 +89,20 @@ def chunked_distillation_loss(
         temperature=temperature,
     )
     if chunk_tokens is None:
-        elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS_ACCELERATOR)
-        chunk_tokens = max(elements // head.vocabulary, 1)
+        chunk_tokens = _default_chunk(hidden, head)
     parameters = head.parameters
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
     return TokenLosses(*_ChunkedLoss.apply(hidden, head, labels, terms, chunk_tokens, needs_grad, *parameters))
+
+
+def _default_chunk(hidden: Tensor, head: Head) -> int:
+    """Return how many tokens' logits exist at once."""
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS_ACCELERATOR)
+    tokens = max(elements // head.vocabulary, 1)
+    if hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # adding up the head's gradient would take longer than computing it; so many logits are no larger than that is
+        tokens = max(tokens, min(hidden.shape[-1], CHUNK_TOKENS_AUTOCAST))
+    return tokens
 
 
 class _ChunkedLoss(torch.autograd.Function):
