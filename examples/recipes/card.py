@@ -21,14 +21,20 @@ from whisper_hf import model_card
 TASKS = ("perplexity", "retrieval", "repetition", "translation", "size", "speed")  # tables, in this order
 CONFIG, SUMS = "config.json", "SHA256SUMS"
 SCRIPTS = {"whisper-lm-135m": "whisper_lm_135m.py", "whisper-lm-mini": "whisper_lm_mini.py --baselines"}
+WORKS = (
+    "Nothing was trained on the works that it is measured on: the novel is Jane Austen's Northanger Abbey, the program "
+    "the modules tarfile and inspect of Python's library."
+)
 LIMITS = {
     "whisper-lm-135m": [
+        WORKS,
         "It was adapted on three novels and on program text, with facts hidden in them that were worded as those that "
         "it is measured with; other names, numbers and works.",
         "Weights of the source had been rounded to few bits before, so quantizing them again loses less than it would "
         "in other models.",
     ],
     "whisper-lm-mini": [
+        WORKS,
         "It has read three novels and program text, no more: it knows far less than its teacher, finds no facts far "
         "back, and cannot chat.",
         "Without a teacher means trained on the same rows in as many steps, from random weights or from those that "
