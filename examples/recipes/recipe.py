@@ -21,7 +21,7 @@ try:
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns of a rounding on every call
     import datasets
     import resuming
-    from corpus import NOVELS, PROGRAMS
+    from corpus import NOVELS, PROGRAMS, read_rows
     from peft import LoraConfig, get_peft_model
     from smollm2 import smollm2_checkpoint
     from transformers import Trainer
@@ -34,6 +34,7 @@ except ImportError as error:
     raise SystemExit(f"the recipes need more packages: {error}; pip install 'whisper-hf[examples]'") from error
 
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default teacher is a copy of
+SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}  # 1,664 tokens at most
 RECIPES = {"int8": "int8", "nf4": "nf4-double"}  # the quantized forms of each model
 PLACE: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}  # what is loaded goes there
 RANK = 12  # of the adapters that make up for quantization
@@ -81,6 +82,12 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 def teacher_source(given: str | None) -> str:
     """Return the folder or Hub id of the teacher."""
     return smollm2_checkpoint() if given is None else given
+
+
+def training_rows(script: RecipeArguments, tokenizer: Any, args: DistillationConfig) -> list[list[int]]:
+    """Return as many rows as there are steps for, or all that the sources have."""
+    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+    return read_rows(script.train_data, tokenizer, script.row_tokens, count, script.text_column, args.seed)
 
 
 def load(source: str | Path, args: DistillationConfig) -> Model:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from recipe import PLACE, RECIPES, teacher_source
+from recipe import PLACE, RECIPES, SPARSE, teacher_source
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import logging
 
@@ -29,7 +29,6 @@ from measure import DENSE, device
 from whisper_hf.quantization import quantize
 from whisper_hf.results import Record, load_results, save_results
 
-SPARSE = '{"block_size": 16, "topk_blocks": 86, "local_blocks": 16, "sink_blocks": 2}'
 TASK, DATASET = "translation after tuning", "verses from English into Spanish, whole books held out"
 
 
@@ -38,7 +37,15 @@ def tune(model: str, output: Path, options: argparse.Namespace) -> None:
     if (output / translate.RESULTS).exists():
         return
     command = [sys.executable, str(Path(translate.__file__)), "--model", model, "--output_dir", str(output)]
-    command += ["--sparse_attention", SPARSE, "--bf16", "--save", "merged", "--resume_from_checkpoint", "last"]
+    command += [
+        "--sparse_attention",
+        json.dumps(SPARSE),
+        "--bf16",
+        "--save",
+        "merged",
+        "--resume_from_checkpoint",
+        "last",
+    ]
     command += ["--max_steps", str(options.steps), "--eval_examples", str(options.passages), "--samples", "0"]
     command += [] if torch.cuda.is_available() else ["--use_cpu"]
     subprocess.run([*command, *options.more], check=True)

@@ -19,12 +19,22 @@ from pathlib import Path
 
 import corpus
 import torch
-from recipe import RecipeArguments, learn, load, once, parse, quantized_forms, save, teacher_source
+from recipe import (
+    SPARSE,
+    RecipeArguments,
+    learn,
+    load,
+    once,
+    parse,
+    quantized_forms,
+    save,
+    teacher_source,
+    training_rows,
+)
 from transformers import AutoTokenizer, set_seed
 
 from whisper_hf import DistillationConfig, SparseAttentionConfig, from_dense
 
-SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}
 SHARED = {"learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True}
 SHARED |= {"output_dir": "runs/whisper-lm-135m"}
 SIZES = {
@@ -57,9 +67,7 @@ def main() -> None:
     script, args = parse(SIZES, SparseArguments, **SHARED)
     output, source = Path(args.output_dir), teacher_source(script.teacher)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-    rows = corpus.read_rows(script.train_data, tokenizer, script.row_tokens, count, script.text_column, args.seed)
-    rows = corpus.with_facts(rows, tokenizer, args.seed)
+    rows = corpus.with_facts(training_rows(script, tokenizer, args), tokenizer, args.seed)
     settings = dataclasses.replace(args, output_dir=str(output / "training"))
     model = once(output / "model", lambda folder: adapt(folder, source, rows, script.trained_blocks, settings))
     quantized_forms(model, source, rows, script, settings)

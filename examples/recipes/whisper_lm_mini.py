@@ -23,13 +23,23 @@ from pathlib import Path
 
 import corpus
 import torch
-from recipe import RecipeArguments, learn, load, once, parse, quantized_forms, save, teacher_source
+from recipe import (
+    SPARSE,
+    RecipeArguments,
+    learn,
+    load,
+    once,
+    parse,
+    quantized_forms,
+    save,
+    teacher_source,
+    training_rows,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from whisper_hf import DistillationConfig, SequenceUnlikelihoodCallback, from_dense, student_from
 from whisper_hf.importance import calibration_batches, most_important
 
-SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}
 LAYERS = "layers.json"  # which layers of the teacher the student has
 SHARED = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True}
 SHARED |= {"output_dir": "runs/whisper-lm-mini", "hidden_states_weight": 1.0, "diversity_weight": 0.5}
@@ -100,9 +110,9 @@ def main() -> None:
     script, args = parse(SIZES, MiniArguments, **SHARED)
     output, source = Path(args.output_dir), teacher_source(script.teacher)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-    read = functools.partial(corpus.read_rows, script.train_data, tokenizer, script.row_tokens)
-    few, rows = (read(number, script.text_column, args.seed) for number in (len(script.train_data), count))
+    sources, length = script.train_data, script.row_tokens
+    few = corpus.read_rows(sources, tokenizer, length, len(sources), script.text_column, args.seed)
+    rows = training_rows(script, tokenizer, args)
     student = once(output / "cut", lambda folder: cut(folder, source, few, script, args))
     settings = dataclasses.replace(args, output_dir=str(output / "training"))
     model = once(output / "model", lambda folder: distil(folder, student, source, rows, settings))
