@@ -6,7 +6,8 @@ Each task has a results file, and every model a column: the dense teacher, the m
 their adapters, the same without, and what was trained without a teacher, as far as they are there.
 
 - perplexity: of held-out works (a novel and program text, or `--works`), their beginnings of 1k to 8k tokens,
-- retrieval: a pass key hidden at five depths of 2k to 8k tokens, and five names with their numbers, all asked for,
+- retrieval: a pass key hidden at five depths of 2k to 8k tokens of the works, which take turns, and five names with
+  their numbers, all asked for,
 - repetition: of greedy and nucleus-sampled continuations of a novel, next to the author's own,
 - size: bytes of weights on disk and of the linear layers,
 - speed: time of the dense teacher over a model's, measured in turns on one thread, for a prompt and for new tokens.
@@ -16,6 +17,7 @@ What has been measured is kept; `--tasks` names what shall be measured, all by d
 
 import argparse
 import dataclasses
+import itertools
 import shlex
 import sys
 import time
@@ -25,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import PLACE, RECIPES, teacher_source
+from recipe import DTYPE, RECIPES, load_in, teacher_source
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, set_seed
+from transformers import AutoTokenizer, DynamicCache, set_seed
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from long_texts import ROOM, facts, hide, losses, pass_key, read_works, share_found, tokens_found
-from measuring import Run, alternate
 from peft import PeftModel
 
 from whisper_hf import metrics
@@ -44,7 +45,7 @@ PEOPLE = "human text"
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ALONE = {"random-without-teacher": "no teacher, random start", "cut-without-teacher": "no teacher, cut start"}
 PREFIX, NEW = 32, 96  # tokens of a continued text, and of its continuation
-DECODED = 16  # tokens whose time is measured
+DECODED = 32  # tokens whose time is measured
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Subject:
 
     def load(self, dtype: torch.dtype) -> Any:
         """Return the model."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, **PLACE)
+        model = load_in(dtype, self.folder)
         return (model if self.adapter is None else PeftModel.from_pretrained(model, self.adapter)).eval()
 
     @property
@@ -105,25 +106,24 @@ def perplexity(name: str, model: Any, to: Setting) -> Iterator[Record]:
 
 
 def retrieval(name: str, model: Any, to: Setting) -> Iterator[Record]:
-    """Hide facts in works and ask for them."""
-    for length in [length for length in to.options.lengths if length > min(to.options.lengths)]:
+    """Hide facts in works, which take turns, and ask for them."""
+    works = ", ".join(to.works)
+    lengths = [length for length in to.options.lengths if length > min(to.options.lengths)]
+    for number, length in enumerate(lengths):
+        texts = itertools.cycle([ids[: length - ROOM] for ids in to.works.values()])
         keys: list[Tensor] = []
-        for number, depth in enumerate(DEPTHS):
-            fact = pass_key(depth, number)
-            hidden = [hide(to.tokenizer, ids[: length - ROOM], [fact]) for ids in to.works.values()]
-            found = [tokens_found(model, *text)[0] for text in hidden]
+        for seed, depth in enumerate(DEPTHS):
+            keys += tokens_found(model, *hide(to.tokenizer, next(texts), [pass_key(depth, seed)]))
             where = {"tokens": length, "depth": depth}
-            yield Record(name, "pass key", ", ".join(to.works), "digits found", share_found(found), settings=where)
-            keys += found
+            yield Record(name, "pass key", works, "digits found", share_found(keys[-1:]), settings=where)
         share = sum(bool(key.all()) for key in keys) / len(keys)
         whole = {"tokens": length, "depth": "all"}
-        yield Record(name, "pass key", ", ".join(to.works), "whole keys found", share, settings=whole)
-        yield Record(name, "pass key", ", ".join(to.works), "digits found", share_found(keys), settings=whole)
-        asked = [hide(to.tokenizer, ids[: length - ROOM], facts(DEPTHS, length)) for ids in to.works.values()]
-        recalled = [tokens_found(model, *text) for text in asked]
-        share = share_found([answer for answers in recalled for answer in answers])
+        yield Record(name, "pass key", works, "whole keys found", share, settings=whole)
+        yield Record(name, "pass key", works, "digits found", share_found(keys), settings=whole)
+        text = list(to.works.values())[number % len(to.works)][: length - ROOM]
+        recalled = tokens_found(model, *hide(to.tokenizer, text, facts(DEPTHS, length)))
         where = {"tokens": length}
-        yield Record(name, "associative recall", ", ".join(to.works), "digits of five facts", share, settings=where)
+        yield Record(name, "associative recall", works, "digits of five facts", share_found(recalled), settings=where)
 
 
 def repetition(name: str, model: Any, to: Setting) -> Iterator[Record]:
@@ -160,17 +160,27 @@ def size(name: str, model: Any, to: Setting, files: list[Path]) -> Iterator[Reco
 
 
 def speed(models: dict[str, Any], to: Setting) -> Iterator[Record]:
-    """Time all models in turns, on the same tokens."""
+    """Time all models in turns, on the same tokens, after reading once what is shorter."""
     ids = next(iter(to.works.values()))
-    for length in dict.fromkeys((min(to.options.lengths) * 2, max(to.options.lengths))):
-        for metric, make in (("prompt", reading), ("new tokens", writing)):
-            runs = {name: make(model, ids[None, :length].to(model.device)) for name, model in models.items()}
-            seconds = alternate(runs, rounds=1, clock=now)
-            for name, value in seconds.items():
-                where = {"tokens before": length} if make is writing else {"tokens": length}
-                yield Record(
-                    name, "speed", "time of the dense teacher over own", metric, seconds[DENSE] / value, settings=where
-                )
+    lengths = list(dict.fromkeys((min(to.options.lengths) * 2, max(to.options.lengths))))
+    for turn, length in enumerate([lengths[0], *lengths]):
+        seconds = {name: read_and_go_on(model, ids[None, :length].to(model.device)) for name, model in models.items()}
+        for metric, (name, times) in itertools.product(("prompt", "new tokens"), seconds.items()):
+            where = {"tokens" if metric == "prompt" else "tokens before": length}
+            ratio = seconds[DENSE][metric] / times[metric]
+            if turn:
+                yield Record(name, "speed", "time of the dense teacher over own", metric, ratio, settings=where)
+
+
+@torch.no_grad()
+def read_and_go_on(model: Any, ids: Tensor) -> dict[str, float]:
+    """Return the seconds that a prompt takes, `[1, T]`, and those of its first tokens once more, one by one."""
+    cache, start = DynamicCache(config=model.config), now()
+    model(ids, cache=cache, logits_to_keep=1)
+    read = now()
+    for token in ids[0, :DECODED]:
+        model(token.view(1, 1), cache=cache)
+    return {"prompt": read - start, "new tokens": now() - read}
 
 
 def now() -> float:
@@ -179,26 +189,6 @@ def now() -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def reading(model: Any, ids: Tensor) -> Run:
-    """Return the run that reads a prompt, `[1, T]`."""
-    return torch.no_grad()(lambda: model(ids, cache=DynamicCache(config=model.config), logits_to_keep=1))
-
-
-def writing(model: Any, ids: Tensor) -> Run:
-    """Return the run that reads tokens one by one after a prompt, `[1, T]`, which it does not read again."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(ids, cache=cache, logits_to_keep=1)
-
-    @torch.no_grad()
-    def run() -> None:
-        for token in ids[0, :DECODED]:
-            model(token.view(1, 1), cache=cache)
-        cache.crop(-DECODED)
-
-    return run
 
 
 # --- files ---
@@ -231,18 +221,18 @@ def run(task: str, of: list[Subject], to: Setting) -> None:
     if task == "speed":
         if missing:
             models = {subject.name: subject.load(to.options.dtype) for subject in of}
-            keep(path, list(speed(models, to)), to.options.command)
+            keep(path, list(speed(models, to)), to.options)
         return
     for subject in missing:
         found = measure(task, subject, to)
         print(*(f"{r.model}: {r.metric} {r.value:.4g} {r.settings}" for r in found), sep="\n", flush=True)
         records += found
-        keep(path, records, to.options.command)
+        keep(path, records, to.options)
     if task == "repetition" and PEOPLE not in known:
-        keep(path, records + list(repetition(PEOPLE, None, to)), to.options.command)
+        keep(path, records + list(repetition(PEOPLE, None, to)), to.options)
 
 
-def keep(path: Path, records: list[Record], command: str) -> None:
+def keep(path: Path, records: list[Record], options: argparse.Namespace) -> None:
     """Write a results file, with perplexities relative to the teacher's."""
     dense = {record.what[2:]: record.value for record in records if record.model == DENSE}
     ratios = [
@@ -251,13 +241,15 @@ def keep(path: Path, records: list[Record], command: str) -> None:
         if record.metric == "perplexity" and record.model != DENSE and record.what[2:] in dense
     ]
     kept = [record for record in records if record.metric != "over the teacher's"]
-    save_results(path, kept + ratios, command=command, device=device())
+    save_results(path, kept + ratios, command=options.command, device=device(options.dtype))
 
 
-def device() -> str:
+def device(dtype: torch.dtype) -> str:
     """Describe what is measured on."""
     threads = torch.get_num_threads()
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {threads} thread{'s'[: threads > 1]}"
+    cpu = f"a CPU, {threads} thread{'s'[: threads > 1]}"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return f"{where}, {str(dtype).removeprefix('torch.')}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -271,9 +263,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--models", nargs="+", help="columns to measure (default: all; speed compares all in any case)")
     add("--works", type=Path, nargs="+", default=[], help="held-out texts (default: a novel and program text)")
     add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens (default: %(default)s)")
-    add("--windows", type=int, default=2, help="beginnings in each work (default: %(default)s)")
+    add("--windows", type=int, default=1, help="beginnings in each work (default: %(default)s)")
     add("--prompts", type=int, default=32, help="texts to continue (default: %(default)s)")
-    add("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16, help="(default: bfloat16)")
+    add("--dtype", type=lambda name: getattr(torch, name), default=DTYPE, help="(default here: %(default)s)")
     add("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
     options = parser.parse_args()
     options.output = options.output or options.made / "results"

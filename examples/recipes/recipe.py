@@ -37,6 +37,8 @@ TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default teacher is a
 SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}  # 1,664 tokens at most
 RECIPES = {"int8": "int8", "nf4": "nf4-double"}  # the quantized forms of each model
 PLACE: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}  # what is loaded goes there
+HALF = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()  # elsewhere bfloat16 is far slower
+DTYPE = torch.bfloat16 if HALF else torch.float32  # to compute in, where nothing else is said
 RANK = 12  # of the adapters that make up for quantization
 QUIET = {"report_to": "none", "per_device_train_batch_size": 1, "save_total_limit": 1, "logging_steps": 5}
 
@@ -66,7 +68,7 @@ def parse(
     chosen.add_argument("--size", choices=sizes, default="cpu")
     size = chosen.parse_known_args()[0].size
     parser = HfArgumentParser((kind, DistillationConfig))
-    parser.set_defaults(**{**QUIET, **shared, **sizes[size]})
+    parser.set_defaults(**{**QUIET, "bf16": HALF, **shared, **sizes[size]})
     return parser.parse_args_into_dataclasses()
 
 
@@ -92,8 +94,19 @@ def training_rows(script: RecipeArguments, tokenizer: Any, args: DistillationCon
 
 def load(source: str | Path, args: DistillationConfig) -> Model:
     """Return a model that is not trained, or quantized, in the dtype that training computes in."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **PLACE).eval()
+    return load_in(torch.bfloat16 if args.bf16 else torch.float32, source)
+
+
+def load_in(dtype: torch.dtype, source: str | Path) -> Model:
+    """Return a model that computes in a dtype, even if it is quantized: transformers leaves that as it was saved."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **PLACE).eval()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+    return model
 
 
 def as_dataset(rows: list[list[int]]) -> datasets.Dataset:

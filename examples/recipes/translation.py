@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 import torch
-from recipe import PLACE, RECIPES, SPARSE, teacher_source
-from transformers import AutoModelForCausalLM, TrainingArguments
+from recipe import DTYPE, HALF, RECIPES, SPARSE, load_in, teacher_source
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,14 +40,13 @@ def tune(model: str, output: Path, options: argparse.Namespace) -> None:
     command += [
         "--sparse_attention",
         json.dumps(SPARSE),
-        "--bf16",
         "--save",
         "merged",
         "--resume_from_checkpoint",
         "last",
     ]
     command += ["--max_steps", str(options.steps), "--eval_examples", str(options.passages), "--samples", "0"]
-    command += [] if torch.cuda.is_available() else ["--use_cpu"]
+    command += ["--bf16"] * HALF + ["--use_cpu"] * (not torch.cuda.is_available())
     subprocess.run([*command, *options.more], check=True)
 
 
@@ -59,7 +58,7 @@ def scores(name: str, tuned: Path, form: str | None = None) -> list[Record]:
         folder = tuned / form
         if not folder.exists():
             quantize(tuned, folder, RECIPES[form], text=None)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **PLACE).eval()
+        model = load_in(DTYPE, folder)
         task = translate.Task(translate.load_tokenizer(str(tuned)), known["script"]["target_language"])
         sources, references = ([sample[side] for sample in known["samples"]] for side in ("source", "reference"))
         args = TrainingArguments("unused", per_device_eval_batch_size=16, report_to="none")
@@ -100,7 +99,7 @@ def main() -> None:
             column = base if form is None else f"{base} {form}"
             if column not in {record.model for record in records} and (base == name or form is None):
                 records += scores(column, tuned, form)
-                save_results(path, records, command=shlex.join(["python", *sys.argv]), device=device())
+                save_results(path, records, command=shlex.join(["python", *sys.argv]), device=device(DTYPE))
 
 
 if __name__ == "__main__":

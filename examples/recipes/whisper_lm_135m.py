@@ -35,11 +35,18 @@ from transformers import AutoTokenizer, set_seed
 
 from whisper_hf import DistillationConfig, SparseAttentionConfig, from_dense
 
-SHARED = {"learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True}
+SHARED = {"learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
 SHARED |= {"output_dir": "runs/whisper-lm-135m"}
 SIZES = {
     # rows of half the length, at half the budget
-    "cpu": {"max_steps": 24, "row_tokens": 4096, "trained_blocks": 30, "save_steps": 8, "use_cpu": True},
+    "cpu": {
+        "max_steps": 12,
+        "learning_rate": 1e-4,
+        "row_tokens": 4096,
+        "trained_blocks": 30,
+        "save_steps": 4,
+        "use_cpu": True,
+    },
     "gpu": {"max_steps": 400, "row_tokens": 8192, "save_steps": 100, "recovery_steps": 100},
 }
 
