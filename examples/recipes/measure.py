@@ -9,7 +9,7 @@ their adapters, the same without, and what was trained without a teacher, as far
 - retrieval: a pass key hidden at five depths of 2k to 8k tokens of the works, which take turns, and five names with
   their numbers, all asked for,
 - repetition: of greedy and nucleus-sampled continuations of a novel, next to the author's own,
-- size: bytes of weights on disk and of the linear layers,
+- size: bytes of weights on disk and of the linear layers, in the dtype of the files,
 - speed: time of the dense teacher over a model's, measured in turns on one thread, for a prompt and for new tokens.
 
 What has been measured is kept; `--tasks` names what shall be measured, all by default.
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from recipe import DTYPE, RECIPES, load_in, teacher_source
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, set_seed
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -174,13 +174,15 @@ def speed(models: dict[str, Any], to: Setting) -> Iterator[Record]:
 
 @torch.no_grad()
 def read_and_go_on(model: Any, ids: Tensor) -> dict[str, float]:
-    """Return the seconds that a prompt takes, `[1, T]`, and those of its first tokens once more, one by one."""
+    """Return the seconds that a prompt takes, `[1, T]`, and those of its last tokens once more, one by one."""
     cache, start = DynamicCache(config=model.config), now()
     model(ids, cache=cache, logits_to_keep=1)
-    read = now()
-    for token in ids[0, :DECODED]:
+    read = now() - start
+    cache.crop(-DECODED)  # a model may be made for no more tokens
+    start = now()
+    for token in ids[0, -DECODED:]:
         model(token.view(1, 1), cache=cache)
-    return {"prompt": read - start, "new tokens": now() - read}
+    return {"prompt": read, "new tokens": now() - start}
 
 
 def now() -> float:
@@ -205,9 +207,10 @@ FULL = ("perplexity",)  # tasks that also measure what is there for comparison a
 
 def measure(task: str, subject: Subject, to: Setting) -> list[Record]:
     """Measure one model."""
-    model = subject.load(to.options.dtype)
-    more = [subject.files] if task == "size" else []
-    return list(TASKS[task](subject.name, model, to, *more))
+    if task == "size":
+        saved = AutoConfig.from_pretrained(subject.folder).dtype or torch.float32
+        return list(size(subject.name, subject.load(saved), to, subject.files))
+    return list(TASKS[task](subject.name, subject.load(to.options.dtype), to))
 
 
 def run(task: str, of: list[Subject], to: Setting) -> None:

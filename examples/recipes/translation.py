@@ -77,8 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     add("made", type=Path, help="what a recipe made")
     add("--teacher", help="path or Hub id (default: SmolLM2-135M-Instruct)")
     add("--output", type=Path, help="folder of the results file (default: results, beside the models)")
-    add("--steps", type=int, default=60, help="of tuning (default: %(default)s)")
-    add("--passages", type=int, default=16, help="to translate (default: %(default)s)")
+    add("--steps", type=int, default=30, help="of tuning (default: %(default)s)")
+    add("--passages", type=int, default=8, help="to translate (default: %(default)s)")
     options = parser.parse_args(own)
     options.output, options.more = options.output or options.made / "results", more
     return options
