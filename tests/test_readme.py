@@ -38,7 +38,7 @@ def test_ci_runs_the_test_command() -> None:
 def test_files_named_exist() -> None:
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
-    for name in re.findall(r"(?:examples|tests|model_cards)/[\w./]*\w", README):
+    for name in re.findall(r"(?:examples|tests|model_cards)/[\w./-]*\w", README):
         assert (ROOT / name).exists(), name
     listed = set(re.findall(r"^ +(\w+\.py) ", README, flags=re.MULTILINE))
     assert {path.name for path in (ROOT / "whisper_hf").rglob("*.py")} <= listed
