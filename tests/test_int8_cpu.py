@@ -27,7 +27,7 @@ from transformers import (
 from whisper_hf.quantization import Int8CpuConfig, int8_cpu, int8_linear
 from whisper_hf.quantization.int8_linear import Int8Linear, quantize_weight
 
-from .conftest import LENGTH, SIZES, tiny_model, tokens
+from .conftest import LENGTH, SIZES, SPARSE, tiny_model, tokens
 
 pytestmark = pytest.mark.skipif(
     int8_linear.ENGINE not in torch.backends.quantized.supported_engines, reason="this torch has no fbgemm"
@@ -66,6 +66,12 @@ def save(tmp_path: Path) -> Callable[[PreTrainedModel], Path]:
 def source(save: Callable[[PreTrainedModel], Path]) -> Path:
     """A checkpoint of a tiny sparse model."""
     return save(tiny_model())
+
+
+@pytest.fixture
+def covered(save: Callable[[PreTrainedModel], Path]) -> Path:
+    """A checkpoint of the same model with a budget for all tokens, so that no rounding changes which are chosen."""
+    return save(tiny_model(sparse_attention={**SPARSE, "topk_blocks": LENGTH}))
 
 
 def load(source: Path, **options: object) -> PreTrainedModel:
@@ -157,7 +163,8 @@ def test_input_dtypes(dtype: torch.dtype) -> None:
     product = layer(inputs.to(dtype))
     assert product.dtype == dtype
     assert product.shape == (2, 5, 40)
-    torch.testing.assert_close(product, reference(layer, inputs.to(dtype)).to(dtype), rtol=1e-2, atol=2.5e-4)
+    coarse = {"rtol": 1.6e-2, "atol": 2.5e-4} if int8_linear._saturates() else {}  # two digits of 7 bits, not of 8
+    torch.testing.assert_close(product, reference(layer, inputs.to(dtype)).to(dtype), **coarse)
     assert torch.equal(layer(inputs.transpose(0, 1)), layer(inputs).transpose(0, 1))
 
 
@@ -332,10 +339,9 @@ def test_fresh_processes(source: Path, tmp_path: Path) -> None:
     assert "comes with `import whisper_hf`" in done.stderr
 
 
-def test_one_digit_is_close_too(source: Path) -> None:
-    exact = logits(load(source).dequantize())  # the same weights, activations as they are
-    # the median: where rounding changes which blocks are chosen, a few tokens are further off
-    difference = {bits: (logits(load(source, activation_bits=bits)) - exact).abs().median() for bits in (8, 16)}
+def test_one_digit_is_close_too(covered: Path) -> None:
+    exact = logits(load(covered).dequantize())  # the same weights, activations as they are
+    difference = {bits: (logits(load(covered, activation_bits=bits)) - exact).std() for bits in (8, 16)}
     assert 10 * difference[16] < difference[8] < 0.1 * exact.std()
 
 
@@ -381,14 +387,13 @@ def test_bfloat16_model(source: Path) -> None:
     assert (logits(model).float() - logits(full).float()).std() < 0.1 * logits(full).float().std()
 
 
-def test_dequantized_model(source: Path) -> None:
-    model = load(source)
+def test_dequantized_model(covered: Path) -> None:
+    model = load(covered)
     before = logits(model)
     dense = model.dequantize()
     assert not any(isinstance(module, Int8Linear) for module in dense.modules())
     assert not hasattr(dense.config, "quantization_config")
-    close = (logits(dense) - before).abs() < 1e-2 * before.std()
-    assert close.float().mean() > 0.98  # the others: tokens that chose other blocks by a rounding
+    torch.testing.assert_close(logits(dense), before, rtol=0, atol=1e-2 * before.std().item())
     assert all(parameter.requires_grad for parameter in dense.parameters())
 
 
