@@ -72,9 +72,10 @@ def main() -> None:
     options = parser.parse_args()
     options.target.mkdir(parents=True, exist_ok=True)
     results = options.results or options.made / "results"
-    for task in TASKS if results.resolve() != options.target.resolve() else ():
-        if (results / f"{task}.json").exists():
-            shutil.copy(results / f"{task}.json", options.target)
+    if results.resolve() != options.target.resolve():
+        for file in (results / f"{task}.json" for task in TASKS):
+            if file.exists():
+                shutil.copy(file, options.target)
     shutil.copy(options.made / "model" / CONFIG, options.target)
     (options.target / SUMS).write_text(checksums(options.made), encoding="utf-8")
     write_card(options.target, options.made.name, options.teacher, options.repo_id).save(options.target / "README.md")

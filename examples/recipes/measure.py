@@ -161,14 +161,15 @@ def size(name: str, model: Any, to: Setting, files: list[Path]) -> Iterator[Reco
 
 def speed(models: dict[str, Any], to: Setting) -> Iterator[Record]:
     """Time all models in turns, on the same tokens, after reading once what is shorter."""
-    ids = next(iter(to.works.values()))
-    lengths = list(dict.fromkeys((min(to.options.lengths) * 2, max(to.options.lengths))))
-    for turn, length in enumerate([lengths[0], *lengths]):
-        seconds = {name: read_and_go_on(model, ids[None, :length].to(model.device)) for name, model in models.items()}
-        for metric, (name, times) in itertools.product(("prompt", "new tokens"), seconds.items()):
-            where = {"tokens" if metric == "prompt" else "tokens before": length}
-            ratio = seconds[DENSE][metric] / times[metric]
-            if turn:
+    ids = next(iter(to.works.values()))[None]
+    shortest, longest = min(to.options.lengths) * 2, max(to.options.lengths)
+    for model in models.values():
+        read_and_go_on(model, ids[:, :shortest].to(model.device))  # warms up
+    for length in dict.fromkeys((shortest, longest)):
+        seconds = {name: read_and_go_on(model, ids[:, :length].to(model.device)) for name, model in models.items()}
+        for metric, where in (("prompt", {"tokens": length}), ("new tokens", {"tokens before": length})):
+            for name, times in seconds.items():
+                ratio = seconds[DENSE][metric] / times[metric]
                 yield Record(name, "speed", "time of the dense teacher over own", metric, ratio, settings=where)
 
 
