@@ -160,7 +160,8 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, count
     whole = attention_triton.attention_triton(*states, None, 0.2, SETTINGS)
     monkeypatch.setattr(triton_forward, "PARTIAL_BYTES", 1)
     assert len(list(triton_forward.chunks(states[0], *chosen_and_plan(states), 16))) > 2
-    assert torch.equal(attention_triton.attention_triton(*states, None, 0.2, SETTINGS), whole)
+    last_bits = {"rtol": 1e-6, "atol": 1e-6}  # which a row's place in a tile may change
+    torch.testing.assert_close(attention_triton.attention_triton(*states, None, 0.2, SETTINGS), whole, **last_bits)
     assert_same(states)
 
 
