@@ -159,14 +159,19 @@ def test_each_layer_imitates_what_its_successor_was_trained_to_read() -> None:
 
 def test_what_is_measured_fills_a_card(mini: Path, teacher: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
     arguments = [mini, "--teacher", teacher, "--lengths", 512, 1024, "--windows", 2, "--prompts", 2, "--works", TEXT[0]]
+    run(measure, *arguments, "--tasks", "size", "--models", "tiny-mini nf4")
     run(measure, *arguments)
-    run(translation, mini, "--teacher", teacher, "--steps", 2, "--passages", 2, "--", "--max_new_tokens", 8)
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"Line {i} says so\tLa línea {i} lo dice\n" for i in range(40)), encoding="utf-8")
+    more = ["--", "--pairs", pairs, "--held_out", 16, "--max_new_tokens", 8]
+    run(translation, mini, "--teacher", teacher, "--steps", 2, "--passages", 2, *more)
     columns = ["dense teacher", "tiny-mini", "tiny-mini int8", "tiny-mini nf4"]
     alone = {"tiny-mini int8 alone", "tiny-mini nf4 alone", "no teacher, random start", "no teacher, cut start"}
-    more = {"perplexity": alone, "repetition": {"human text"}}
+    more = {"perplexity": alone, "repetition": {*alone, "human text"}}
     records = {task: load_results(mini / "results" / f"{task}.json").records for task in card.TASKS}
     for task, found in records.items():
         assert {record.model for record in found} == {*columns} | more.get(task, set()), task
+    assert list(dict.fromkeys(record.model for record in records["size"])) == columns  # though nf4 was first
 
     values = {(r.model, r.metric, r.settings.get("tokens")): r.value for r in records["perplexity"]}
     ids = long_texts.read_works(AutoTokenizer.from_pretrained(teacher), TEXT[:1])[TEXT[0].stem]

@@ -203,7 +203,7 @@ TASKS: dict[str, Callable[..., Iterator[Record]]] = {
     "size": size,
     "speed": speed,
 }
-FULL = ("perplexity",)  # tasks that also measure what is there for comparison alone
+FULL = ("perplexity", "repetition")  # tasks that also measure what is there for comparison alone
 
 
 def measure(task: str, subject: Subject, to: Setting) -> list[Record]:
@@ -230,7 +230,8 @@ def run(task: str, of: list[Subject], to: Setting) -> None:
     for subject in missing:
         found = measure(task, subject, to)
         print(*(f"{r.model}: {r.metric} {r.value:.4g} {r.settings}" for r in found), sep="\n", flush=True)
-        records += found
+        column = {subject.name: number for number, subject in enumerate(of)}  # also where several runs fill the file
+        records = sorted(records + found, key=lambda record: column.get(record.model, len(column)))
         keep(path, records, to.options)
     if task == "repetition" and PEOPLE not in known:
         keep(path, records + list(repetition(PEOPLE, None, to)), to.options)
