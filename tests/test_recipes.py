@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import corpus
 import long_texts
 import measure
 import recipe
+import translate
 import translation
 import whisper_lm_135m
 import whisper_lm_mini
@@ -164,6 +166,8 @@ def test_what_is_measured_fills_a_card(mini: Path, teacher: Path, tmp_path: Path
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("".join(f"Line {i} says so\tLa línea {i} lo dice\n" for i in range(40)), encoding="utf-8")
     more = ["--", "--pairs", pairs, "--held_out", 16, "--max_new_tokens", 8]
+    in_this_process = SimpleNamespace(run=lambda command, check: run(translate, *command[2:]))
+    monkeypatch.setattr(translation, "subprocess", in_this_process)
     run(translation, mini, "--teacher", teacher, "--steps", 2, "--passages", 2, *more)
     columns = ["dense teacher", "tiny-mini", "tiny-mini int8", "tiny-mini nf4"]
     alone = {"tiny-mini int8 alone", "tiny-mini nf4 alone", "no teacher, random start", "no teacher, cut start"}
