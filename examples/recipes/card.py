@@ -37,8 +37,8 @@ LIMITS = {
         "It has read three novels and program text, no more: it knows far less than its teacher, finds no facts far "
         "back, and cannot chat.",
         "Without a teacher means trained on the same rows in as many steps, from random weights or from those that "
-        "were cut out of the teacher, with which this student began, too. The latter have nearly its perplexity: so "
-        "short a distillation is worth little there, and more against repetition.",
+        "were cut out of the teacher, with which this student began, too: what distillation is worth shows beside the "
+        "latter.",
     ],
 }
 
