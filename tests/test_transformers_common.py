@@ -114,6 +114,7 @@ class CommonTests(modeling.ModelTesterMixin, training.TrainingTesterMixin):
     model_tester: ModelTester
     test_can_init_all_missing_weights_before_2023 = True  # whatever year the file's header names
     training_overfit_seq_length = LENGTH
+    training_overfit_steps = 120
     _torch_compile_train_cls = WhisperLMForCausalLM
 
     def setUp(self) -> None:
