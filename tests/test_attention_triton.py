@@ -160,7 +160,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, count
     whole = attention_triton.attention_triton(*states, None, 0.2, SETTINGS)
     monkeypatch.setattr(triton_forward, "PARTIAL_BYTES", 1)
     assert len(list(triton_forward.chunks(states[0], *chosen_and_plan(states), 16))) > 2
-    last_bits = {"rtol": 1e-6, "atol": 1e-6}  # which a row's place in a tile may change
+    last_bits = dict.fromkeys(("rtol", "atol"), 0.0 if HAS_GPU else 1e-6)  # a CPU's depend on a row's place in a tile
     torch.testing.assert_close(attention_triton.attention_triton(*states, None, 0.2, SETTINGS), whole, **last_bits)
     assert_same(states)
 

@@ -227,10 +227,10 @@ def run(task: str, of: list[Subject], to: Setting) -> None:
             models = {subject.name: subject.load(to.options.dtype) for subject in of}
             keep(path, list(speed(models, to)), to.options)
         return
+    column = {subject.name: number for number, subject in enumerate(of)}  # also where several runs fill the file
     for subject in missing:
         found = measure(task, subject, to)
         print(*(f"{r.model}: {r.metric} {r.value:.4g} {r.settings}" for r in found), sep="\n", flush=True)
-        column = {subject.name: number for number, subject in enumerate(of)}  # also where several runs fill the file
         records = sorted(records + found, key=lambda record: column.get(record.model, len(column)))
         keep(path, records, to.options)
     if task == "repetition" and PEOPLE not in known:
