@@ -19,19 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2 import smollm2_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from examples.support.smollm2 import smollm2_checkpoint
 
 try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import datasets
-    import resuming
     from tabulate import tabulate
     from transformers import Trainer, default_data_collator
 
+    from examples.support import resuming
     from whisper_hf import (
         DistillationConfig,
         DistillationTrainer,

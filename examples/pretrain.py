@@ -27,12 +27,12 @@ from transformers import PreTrainedTokenizerBase as AnyTokenizer
 
 try:
     import datasets
-    import resuming
     from tabulate import tabulate
     from transformers import EvalPrediction, Trainer, default_data_collator
 
+    from examples.support import resuming
     from whisper_hf import PackedStream, WhisperLMConfig, WhisperLMForCausalLM, packed_rows
-    from whisper_hf.folders import new_folder
+    from whisper_hf.checkpoint_io import new_folder
 except ImportError as error:
     raise SystemExit(f"pretrain.py: {error}; pip install 'whisper-hf[examples]'") from error
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2 import smollm2_checkpoint
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from examples.support.smollm2 import smollm2_checkpoint
 from whisper_hf import SparseAttentionConfig, from_dense
 from whisper_hf.conversion import sparse_config
 

@@ -33,28 +33,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pairs import BOOKS, LAST, VERSES, Pair, passages, read_pairs, split_pairs, spread
-from smollm2 import smollm2_checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from examples.support.pairs import BOOKS, LAST, VERSES, Pair, passages, read_pairs, split_pairs, spread
+from examples.support.smollm2 import smollm2_checkpoint
 from whisper_hf import SparseAttentionConfig, from_dense
-from whisper_hf.results import save_results
-from whisper_hf.writing import continue_prompts, end_tokens
+from whisper_hf.cards.results import save_results
+from whisper_hf.training.generation import continue_prompts, end_tokens
 
 try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import datasets
-    import resuming
     from accelerate.utils import gather_object
     from peft import LoraConfig, get_peft_model
     from sacrebleu.metrics import BLEU, CHRF
     from tabulate import tabulate
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
     from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from examples.support import resuming
 except ImportError as error:
     raise SystemExit(f"translate.py: {error}; pip install 'whisper-hf[examples,metrics]'") from error
 

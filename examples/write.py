@@ -26,10 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention_map import attending_heads, block_roles, recorded_blocks
-from contrastive import contrastive_search
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from smollm2 import smollm2_checkpoint
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -44,10 +41,13 @@ from transformers import (
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from examples.support.attention_map import attending_heads, block_roles, recorded_blocks
+from examples.support.contrastive import contrastive_search
+from examples.support.smollm2 import smollm2_checkpoint
 from whisper_hf import SparseAttentionConfig, from_dense
 from whisper_hf.conversion import FAMILIES
-from whisper_hf.metrics import distinct, diversity, looping_share, self_bleu, sequence_repetition
-from whisper_hf.writing import end_tokens, writing
+from whisper_hf.repetition.metrics import distinct, diversity, looping_share, self_bleu, sequence_repetition
+from whisper_hf.training.generation import end_tokens, writing
 
 try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here

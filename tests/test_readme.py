@@ -40,5 +40,3 @@ def test_files_named_exist() -> None:
         assert (ROOT / link).exists(), link
     for name in re.findall(r"(?:examples|tests|model_cards)/[\w./-]*\w", README):
         assert (ROOT / name).exists(), name
-    listed = set(re.findall(r"^ +(\w+\.py) ", README, flags=re.MULTILINE))
-    assert {path.name for path in (ROOT / "whisper_hf").rglob("*.py")} <= listed

@@ -19,7 +19,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .model.attention import masked_sparse_attention_forward, sparse_backend
 from .model.cache_quantized import QuantizedSparseCache
 from .model.configuration_whisper_lm import DiversityConfig, SparseAttentionConfig, WhisperLMConfig
-from .model.diversity import use_diversity
 from .model.modeling_whisper_lm import (
     WhisperLMForCausalLM,
     WhisperLMForSequenceClassification,
@@ -27,20 +26,21 @@ from .model.modeling_whisper_lm import (
     WhisperLMModel,
     WhisperLMPreTrainedModel,
 )
+from .model.repetition_loss import use_diversity
 from .quantization.int8_cpu import Int8CpuConfig
 
 if TYPE_CHECKING:
-    from .cards import model_card
-    from .checkpoints import last_checkpoint
+    from .calibration import layer_importance
+    from .cards.model_card import model_card
     from .conversion import convert_checkpoint, from_dense, to_dense
     from .distillation import DistillationConfig, DistillationTrainer
-    from .diversity_callback import DiversityCallback
-    from .finite_gradients import FiniteGradientsCallback
-    from .importance import layer_importance
-    from .rows import packed_rows
-    from .sequence_unlikelihood import SequenceUnlikelihoodCallback
-    from .streaming import PackedStream
-    from .students import student_from
+    from .distillation.student import student_from
+    from .repetition.monitor_callback import DiversityCallback
+    from .repetition.unlikelihood_callback import SequenceUnlikelihoodCallback
+    from .training.finite_gradients import FiniteGradientsCallback
+    from .training.last_checkpoint import last_checkpoint
+    from .training.packed_stream import PackedStream
+    from .training.packing import packed_rows
 
 __version__ = "0.1.0"
 
@@ -51,15 +51,15 @@ _LAZY = {
     "to_dense": "conversion",
     "DistillationConfig": "distillation",
     "DistillationTrainer": "distillation",
-    "DiversityCallback": "diversity_callback",
-    "FiniteGradientsCallback": "finite_gradients",
-    "PackedStream": "streaming",
-    "SequenceUnlikelihoodCallback": "sequence_unlikelihood",
-    "last_checkpoint": "checkpoints",
-    "layer_importance": "importance",
-    "model_card": "cards",
-    "packed_rows": "rows",
-    "student_from": "students",
+    "DiversityCallback": "repetition.monitor_callback",
+    "FiniteGradientsCallback": "training.finite_gradients",
+    "PackedStream": "training.packed_stream",
+    "SequenceUnlikelihoodCallback": "repetition.unlikelihood_callback",
+    "last_checkpoint": "training.last_checkpoint",
+    "layer_importance": "calibration",
+    "model_card": "cards.model_card",
+    "packed_rows": "training.packing",
+    "student_from": "distillation.student",
 }
 
 

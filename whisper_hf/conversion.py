@@ -18,8 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .folders import load_causal_lm, load_config, new_folder, save_tokenizer
-from .model.checkpoint_files import weight_shapes
+from .checkpoint_io import load_causal_lm, load_config, new_folder, save_tokenizer
+from .model.checkpoint_integrity import weight_shapes
 from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
 

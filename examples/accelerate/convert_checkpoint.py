@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from whisper_hf.folders import new_folder
+from whisper_hf.checkpoint_io import new_folder
 
 PLAIN = {"optimizer.pt"}
 FSDP = {"pytorch_model_fsdp.bin", "optimizer.bin"}

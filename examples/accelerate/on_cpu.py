@@ -10,7 +10,6 @@ CPU for one of them, so that FSDP 2 is what runs.
 import os
 import runpy
 import sys
-from pathlib import Path
 
 from accelerate.state import DistributedType, PartialState
 
@@ -24,5 +23,4 @@ def use_gloo() -> None:
 if __name__ == "__main__":
     use_gloo()
     sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(sys.argv[0]).parent)  # as for a script that is started by itself
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -17,18 +17,18 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import attention_cuda
 import torch
-from layers import NOTE, is_available, measure_layers, report_layers
-from measuring import alternate, peak_memory
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from examples.benchmarks import attention_cuda
+from examples.benchmarks.layers import NOTE, is_available, measure_layers, report_layers
+from examples.benchmarks.measuring import alternate, peak_memory
 from whisper_hf import SparseAttentionConfig
 from whisper_hf.model.attention import explicit_mask
 from whisper_hf.model.attention_blockwise import attention_blockwise
-from whisper_hf.model.attention_decode import attention_decode, mean_blocks
+from whisper_hf.model.attention_gathered import attention_decode, mean_blocks
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 GROUPS, SCALING = HEADS // KV_HEADS, HEAD_DIM**-0.5

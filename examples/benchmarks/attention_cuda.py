@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from whisper_hf import SparseAttentionConfig
-from whisper_hf.model.attention_decode import mean_blocks
+from whisper_hf.model.attention_gathered import mean_blocks
 from whisper_hf.model.attention_triton import attention_triton
 from whisper_hf.model.triton_decode import attention_triton_decode
 

@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measuring import Run, alternate, peak_memory
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers.utils import logging
+
+from examples.benchmarks.measuring import Run, alternate, peak_memory
 
 try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here

@@ -39,10 +39,11 @@ from typing import Any
 
 import datasets
 import torch
-from measuring import alternate, peak_memory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers.utils import logging
+
+from examples.benchmarks.measuring import alternate, peak_memory
 
 try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
@@ -54,9 +55,9 @@ try:
     from transformers import default_data_collator as collate
 
     from whisper_hf import SequenceUnlikelihoodCallback, WhisperLMConfig, use_diversity
-    from whisper_hf.metrics import self_bleu, sequence_repetition
     from whisper_hf.objectives import published
-    from whisper_hf.writing import continue_prompts
+    from whisper_hf.repetition.metrics import self_bleu, sequence_repetition
+    from whisper_hf.training.generation import continue_prompts
 except ImportError as error:
     raise SystemExit(f"diversity.py: {error}; pip install 'whisper-hf[examples,metrics]'") from error
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measuring import Run, alternate
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedModel as Model
 
+from examples.benchmarks.measuring import Run, alternate
 from whisper_hf import from_dense
 
 HEADS, KEY_HEADS, VOCABULARY = 8, 4, 8192

@@ -9,10 +9,10 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-from measuring import Run, alternate, peak_memory
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from examples.benchmarks.measuring import Run, alternate, peak_memory
 from whisper_hf import SparseAttentionConfig, WhisperLMConfig
 from whisper_hf.model.modeling_whisper_lm import WhisperLMAttention, WhisperLMRotaryEmbedding
 

@@ -20,12 +20,10 @@ is faster or smaller), and writes them with the times to `--output`.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import Run, alternate, peak_memory
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -34,11 +32,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers import PreTrainedModel as Model
 from transformers.utils import logging
 
+from examples.benchmarks.measuring import Run, alternate, peak_memory
+from examples.support.smollm2 import smollm2_checkpoint
 from whisper_hf import SparseAttentionConfig, from_dense
 from whisper_hf.conversion import sparse_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from smollm2 import smollm2_checkpoint
 
 BOOK = Path(__file__).resolve().parents[1] / "data" / "northanger_abbey.txt"
 NEW_TOKENS = 16  # decoded in one run

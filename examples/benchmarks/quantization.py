@@ -20,7 +20,6 @@ Results of ways that are not named by `--only` are kept from earlier runs with t
 import argparse
 import json
 import math
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,11 @@ from typing import Any
 
 import datasets
 import torch
-from measuring import Run, alternate
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers.utils import logging
+
+from examples.benchmarks.measuring import Run, alternate
 
 try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
@@ -44,16 +44,15 @@ try:
     from transformers import default_data_collator as collate
 
     from whisper_hf import DistillationConfig, DistillationTrainer, Int8CpuConfig, QuantizedSparseCache, from_dense
-    from whisper_hf.metrics import sequence_repetition
     from whisper_hf.quantization import compensate, layer_divergences, most_sensitive, recipe
     from whisper_hf.quantization.int8_linear import Int8Linear
     from whisper_hf.quantization.sensitivity import keep_layers
-    from whisper_hf.writing import continue_prompts
+    from whisper_hf.repetition.metrics import sequence_repetition
+    from whisper_hf.training.generation import continue_prompts
 except ImportError as error:
     raise SystemExit(f"quantization.py: {error}; pip install 'whisper-hf[examples]'") from error
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from smollm2 import smollm2_checkpoint
+from examples.support.smollm2 import smollm2_checkpoint
 
 BOOKS = Path(__file__).resolve().parents[1] / "data"
 SPARSE = {"block_size": 32, "topk_blocks": 8, "local_blocks": 4, "sink_blocks": 1}

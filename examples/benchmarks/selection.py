@@ -26,7 +26,6 @@ computed densely and masked here: what is measured is the choice, not speed, but
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from measuring import alternate
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import pad
@@ -42,14 +40,13 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from examples.benchmarks.measuring import alternate
+from examples.support.long_texts import ROOM, facts, hide, losses, read, share_found, tokens_found
+from examples.support.smollm2 import smollm2_checkpoint
 from whisper_hf import SparseAttentionConfig
 from whisper_hf.model.attention_blockwise import attention_blockwise
 from whisper_hf.model.blockwise_plan import choose_blocks, plan_rows
 from whisper_hf.model.sparse_selection import block_scores, top_blocks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from long_texts import ROOM, facts, hide, losses, read, share_found, tokens_found
-from smollm2 import smollm2_checkpoint
 
 SEGMENT, ROWS = 1024, 256  # tokens: reported together; attended from at once
 SINK = 32  # tokens

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
-from recipe import RECIPES, TEACHER
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.recipes.recipe import RECIPES, TEACHER
 from whisper_hf import model_card
 
 TASKS = ("perplexity", "retrieval", "repetition", "translation", "size", "speed")  # tables, in this order

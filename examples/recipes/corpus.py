@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from long_texts import ROOM, facts, hide, pass_key
+from examples.support.long_texts import ROOM, facts, hide, pass_key
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 NOVELS = [str(DATA / f"{name}.txt") for name in ("pride_and_prejudice", "sense_and_sensibility", "emma")]

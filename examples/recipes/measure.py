@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import itertools
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,18 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import DTYPE, RECIPES, load_in, teacher_source
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, set_seed
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from long_texts import ROOM, facts, hide, losses, pass_key, read_works, share_found, tokens_found
-from peft import PeftModel
-
-from whisper_hf import metrics
-from whisper_hf.results import Record, load_results, save_results
-from whisper_hf.writing import continue_prompts
+from examples.recipes.recipe import DTYPE, RECIPES, load_in, teacher_source
+from examples.support.long_texts import ROOM, facts, hide, losses, pass_key, read_works, share_found, tokens_found
+from whisper_hf.cards.results import Record, load_results, save_results
+from whisper_hf.repetition import metrics
+from whisper_hf.training.generation import continue_prompts
 
 DENSE = "dense teacher"
 PEOPLE = "human text"

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +13,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers import PreTrainedModel as Model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns of a rounding on every call
     import datasets
-    import resuming
-    from corpus import NOVELS, PROGRAMS, read_rows
     from peft import LoraConfig, get_peft_model
-    from smollm2 import smollm2_checkpoint
     from transformers import Trainer
     from transformers import default_data_collator as collate
 
+    from examples.recipes.corpus import NOVELS, PROGRAMS, read_rows
+    from examples.support import resuming
+    from examples.support.smollm2 import smollm2_checkpoint
     from whisper_hf import DistillationConfig, DistillationTrainer
-    from whisper_hf.folders import new_folder
+    from whisper_hf.checkpoint_io import new_folder
     from whisper_hf.quantization import compensate, quantize
 except ImportError as error:
     raise SystemExit(f"the recipes need more packages: {error}; pip install 'whisper-hf[examples]'") from error

@@ -18,16 +18,14 @@ import sys
 from pathlib import Path
 
 import torch
-from recipe import DTYPE, HALF, RECIPES, SPARSE, load_in, teacher_source
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import translate
-from measure import DENSE, device
-
+from examples import translate
+from examples.recipes.measure import DENSE, device
+from examples.recipes.recipe import DTYPE, HALF, RECIPES, SPARSE, load_in, teacher_source
+from whisper_hf.cards.results import Record, load_results, save_results
 from whisper_hf.quantization import quantize
-from whisper_hf.results import Record, load_results, save_results
 
 TASK, DATASET = "translation after tuning", "verses from English into Spanish, whole books held out"
 

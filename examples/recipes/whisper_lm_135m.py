@@ -17,9 +17,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import corpus
 import torch
-from recipe import (
+from transformers import AutoTokenizer, set_seed
+
+from examples.recipes import corpus
+from examples.recipes.recipe import (
     SPARSE,
     RecipeArguments,
     learn,
@@ -31,8 +33,6 @@ from recipe import (
     teacher_source,
     training_rows,
 )
-from transformers import AutoTokenizer, set_seed
-
 from whisper_hf import DistillationConfig, SparseAttentionConfig, from_dense
 
 SHARED = {"learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}

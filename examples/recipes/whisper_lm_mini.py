@@ -21,9 +21,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import corpus
 import torch
-from recipe import (
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from examples.recipes import corpus
+from examples.recipes.recipe import (
     SPARSE,
     RecipeArguments,
     learn,
@@ -35,10 +37,8 @@ from recipe import (
     teacher_source,
     training_rows,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
 from whisper_hf import DistillationConfig, SequenceUnlikelihoodCallback, from_dense, student_from
-from whisper_hf.importance import calibration_batches, most_important
+from whisper_hf.calibration import calibration_batches, most_important
 
 LAYERS = "layers.json"  # which layers of the teacher the student has
 SHARED = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}

@@ -1,8 +1,8 @@
 """Knowledge distillation: a `Trainer` that teaches a student from a larger teacher."""
 
 from .config import DistillationConfig
-from .signals import Manifest, StoredSignals
-from .signals_writing import write_signals
+from .signal_writer import write_signals
+from .stored_signals import Manifest, StoredSignals
 from .trainer import DistillationTrainer
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "Manifest", "StoredSignals", "write_signals"]

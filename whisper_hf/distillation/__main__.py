@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..folders import UNTRUSTED, load_causal_lm
-from .signals_writing import write_signals
+from ..checkpoint_io import UNTRUSTED, load_causal_lm
+from .signal_writer import write_signals
 
 if TYPE_CHECKING:
     import datasets

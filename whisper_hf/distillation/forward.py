@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.diversity import IGNORED, shift
+from ..model.repetition_loss import IGNORED, shift
 from ..objectives import (
     StoredSamples,
     StoredTop,
@@ -19,8 +19,8 @@ from ..objectives import (
     chunked_distillation_loss,
     repeating_tokens,
 )
-from .capture import HeadReplacement, attention_outputs
 from .config import DistillationConfig
+from .head_replacement import HeadReplacement, attention_outputs
 
 ON_POLICY = "on_policy"  # key of batches that the student wrote itself
 

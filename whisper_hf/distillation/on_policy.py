@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..model.diversity import IGNORED
+from ..model.repetition_loss import IGNORED
 
 
 def is_on_policy_step(fraction: float, seed: int, step: int) -> bool:

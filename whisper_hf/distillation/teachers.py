@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..folders import UNTRUSTED, load_causal_lm
+from ..checkpoint_io import UNTRUSTED, load_causal_lm
 from ..objectives import Head
 
 MOST_PADDING = 1024  # rows by which vocabularies of one tokenizer may differ, padded for the sake of speed

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..finite_gradients import FiniteGradientsCallback
-from ..sequence_unlikelihood import SequenceUnlikelihoodCallback
-from ..writing import continue_prompts
-from .capture import HeadReplacement
+from ..repetition.unlikelihood_callback import SequenceUnlikelihoodCallback
+from ..training.finite_gradients import FiniteGradientsCallback
+from ..training.generation import continue_prompts
 from .config import DistillationConfig
 from .forward import ON_POLICY, Batch, BatchLosses, DistillationForward
+from .head_replacement import HeadReplacement
+from .layer_matching import StateMatching
 from .on_policy import is_on_policy_step, prompts_of
-from .signals import ROW, SignalCollator, StoredSignals, is_signals, with_rows
-from .states import StateMatching
+from .stored_signals import ROW, SignalCollator, StoredSignals, is_signals, with_rows
 from .teachers import (
     head_size,
     load_teacher,

@@ -37,10 +37,10 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.import_utils import is_tracing
 
 from .attention_blockwise import attention_blockwise
-from .attention_decode import attention_decode
+from .attention_gathered import attention_decode
 from .attention_reference import attention_reference
 from .configuration_whisper_lm import SparseAttentionConfig
-from .packing import unpack
+from .int8_rows import unpack
 from .sparse_selection import content_layout, query_slots, selected_keys, visible_keys
 
 MASKED_SPARSE = "masked_sparse"

@@ -14,7 +14,7 @@
 """Exact masked sparse attention in stock PyTorch operations, at a cost proportional to length times budget.
 
 This file holds the operator, its gradient and the way between `[B, H, T, D]` tensors and the content of one head; the
-arithmetic is in `blockwise_head.py`, the bookkeeping in `blockwise_plan.py`, whose legend holds here too, with `G`
+arithmetic is in `blockwise_products.py`, the bookkeeping in `blockwise_plan.py`, whose legend holds here too, with `G`
 query heads per key-value head and `E` value dimension. Both are custom operators, opaque to `torch.compile`.
 """
 
@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.utils.generic import maybe_autocast
 
-from .blockwise_head import backward_head, forward_head
 from .blockwise_plan import RowPlan, choose_blocks, plan_rows
+from .blockwise_products import backward_head, forward_head
 from .configuration_whisper_lm import SparseAttentionConfig
 
 LONGEST_SPLIT = 4  # times the budget; in longer sequences dense attention for the first queries gains nothing

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Masked sparse attention on CUDA devices, in Triton: the operators and their gradient.
 
-The kernels are in `triton_selection.py`, `triton_forward.py` and `triton_backward.py`, the plan of a batch, whose
+The kernels are in `triton_selection.py`, `triton_forward.py` and `triton_backward_keys.py`, the plan of a batch, whose
 legend holds here too, in `triton_plan.py`. Both operators are opaque to `torch.compile`.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .configuration_whisper_lm import SparseAttentionConfig
-from .triton_backward import differentiate
+from .triton_backward_keys import differentiate
 from .triton_forward import attend
 from .triton_optional import HAS_TRITON, IS_INTERPRETED, contiguous_rows
 from .triton_plan import TritonPlan, plan_tiles

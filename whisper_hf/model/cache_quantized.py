@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .cache import DynamicMaskedSparseLayer
-from .packing import pack, unpack
+from .int8_rows import pack, unpack
 
 
 class QuantizedMaskedSparseLayer(DynamicMaskedSparseLayer):

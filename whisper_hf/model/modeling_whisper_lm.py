@@ -53,10 +53,10 @@ from .configuration_whisper_lm import (
     SparseAttentionConfig,
     WhisperLMConfig,
 )
-from .diversity import use_diversity
-from .input_checks import embed, items_in_batch, refuse_empty, warn_beyond, without_padding
-from .packing import unpack
-from .pretrained import ENGINES, EXPLICIT_MASKS, CheckedPreTrainedModel
+from .int8_rows import unpack
+from .model_inputs import embed, items_in_batch, refuse_empty, warn_beyond, without_padding
+from .pretrained_base import ENGINES, EXPLICIT_MASKS, CheckedPreTrainedModel
+from .repetition_loss import use_diversity
 
 INT8_CACHE = {"backend": "int8"}  # our own quantized cache, in terms of generate's `cache_config`
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The gradient of masked sparse attention by its queries, in Triton; the rest is in `triton_backward.py`.
+"""The gradient of masked sparse attention by its queries, in Triton; the rest is in `triton_backward_keys.py`.
 
 The legend is that of `triton_forward.py`.
 """

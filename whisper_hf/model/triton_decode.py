@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from .attention_decode import mean_blocks
+from .attention_gathered import mean_blocks
 from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import content_order, query_slots
 from .triton_optional import VARYING, contiguous_rows, power_of_two, tl, triton

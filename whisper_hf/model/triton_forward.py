@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .configuration_whisper_lm import SparseAttentionConfig
-from .triton_lists import list_choosers
+from .triton_choosers import list_choosers
 from .triton_optional import VARYING, tl, triton
 from .triton_plan import TritonPlan
 from .triton_tiling import Tiling

@@ -1,10 +1,10 @@
 """Objectives of training: pure functions of tensors, per token, masked and reduced in one place."""
 
-from ..model.diversity import contrast_loss, repeating_tokens
+from ..model.repetition_loss import contrast_loss, repeating_tokens
 from .chunked import TokenLosses, chunked_distillation_loss
 from .divergences import DIVERGENCES, Divergence, Probabilities, weighted_divergence
-from .heads import Head
-from .states import relative_distance, spread_layers
+from .layer_distance import relative_distance, spread_layers
+from .lm_head import Head
 from .targets import StoredSamples, StoredTop, Target, TeacherTarget
 
 __all__ = [

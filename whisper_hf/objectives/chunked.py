@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model.diversity import contrast_loss
+from ..model.repetition_loss import contrast_loss
 from .divergences import Probabilities, logits_gradient, wide
-from .heads import Head
+from .lm_head import Head
 from .targets import Target
 
 CHUNK_ELEMENTS = {"cpu": 3 * 2**20}  # logits at once, per model; more take memory, fewer read the head more often

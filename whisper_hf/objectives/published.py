@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from ..model.diversity import IGNORED, NONE, contrast
+from ..model.repetition_loss import IGNORED, NONE, contrast
 from .divergences import LOWEST_LOG, wide
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .divergences import LOWEST_LOG, Divergence, Probabilities
-from .heads import Head
+from .lm_head import Head
 
 
 class Target(Protocol):

@@ -5,10 +5,10 @@ needed to use one, for any model. What stays in high precision is what transform
 not), embeddings and norms.
 """
 
-from .checkpoints import quantize
 from .compensation import compensate
 from .int8_cpu import Int8CpuConfig
 from .merging import merge_adapter
+from .quantized_checkpoint import quantize
 from .recipes import RECIPES, disable_cpu_repacking, recipe
 from .sensitivity import layer_divergences, most_sensitive
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .checkpoints import REPORT, SAMPLE, quantize
+from .quantized_checkpoint import REPORT, SAMPLE, quantize
 from .recipes import RECIPES
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..importance import calibration_batches, decoder_layers, mean_measures
+from ..calibration import calibration_batches, decoder_layers, mean_measures
 
 if TYPE_CHECKING:
     from peft import PeftModel

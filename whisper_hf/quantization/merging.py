@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..folders import load_causal_lm, load_config, new_folder, save_tokenizer
+from ..checkpoint_io import load_causal_lm, load_config, new_folder, save_tokenizer
 from .int8_cpu import Int8CpuConfig
 from .int8_linear import METHOD
 from .recipes import RECIPES, QuantizationConfig, dtype_of, refuse_repacked, resolve

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-from ..model.pretrained import keep_4bit_arrangement
+from ..model.pretrained_base import keep_4bit_arrangement
 from .int8_cpu import Int8CpuConfig
 from .int8_linear import METHOD, Int8Linear
 

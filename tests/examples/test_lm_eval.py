@@ -1,0 +1,120 @@
+"""lm-eval on a saved model, in fresh processes: its numbers are those of the sparse model, computed here."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from examples.lm_eval import novels
+
+from ..conftest import ROOT, tiny_model
+
+pytest.importorskip("lm_eval", reason="it is not installed: pip install 'whisper-hf[evaluation]'")
+TASKS = ROOT / "examples" / "lm_eval"
+WINDOW, ITEMS = 256, 3  # tokens, several times the budget; documents of each task
+
+RUN = ["run", "--model", "hf", "--device", "cpu", "--batch_size", "4", "--limit", str(ITEMS)]
+# a process in which the package cannot be imported: the model comes with its code
+WITHOUT = "import sys; sys.modules['whisper_hf'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sparse model, saved with its tokenizer and its code."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def evaluate(command: list[str], output: Path) -> dict:
+    """Run lm-eval and return its results, with the samples of each task."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *command, "--output_path", str(output), "--log_samples"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next(output.rglob("results_*.json")).read_text())["results"]
+    for name, result in results.items():
+        lines = next(output.rglob(f"samples_{name}_*.jsonl")).read_text().splitlines()
+        result["samples"] = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
+    return results
+
+
+def log_likelihood(model: PreTrainedModel, ids: list[int], count: int) -> float:
+    """Return the sum of log-probabilities (nats) of the last `count` tokens, read in one forward pass."""
+    logits = model(torch.tensor([ids[:-1]])).logits[0, -count:].log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids[-count:])[:, None]).sum().item()
+
+
+def text_log_likelihood(model: PreTrainedModel, ids: list[int], bos: int) -> float:
+    """Return that of a whole text, in windows that predict different tokens; the last one is as long as the others."""
+    ids, total = [bos, *ids], 0.0
+    for start in range(0, len(ids) - 1, WINDOW):
+        stop = min(start + WINDOW + 1, len(ids))
+        total += log_likelihood(model, ids[max(stop - WINDOW - 1, 0) : stop], stop - start - 1)
+    return total
+
+
+def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, tmp_path) -> None:
+    command = ["-m", "whisper_hf", "lm-eval", *RUN, "--tasks", str(TASKS)]
+    results = evaluate([*command, "--model_args", f"pretrained={folder},max_length={WINDOW}"], tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    dense = tiny_model(layer_types=["full_attention"] * 2)
+
+    perplexity = results["novel_perplexity"]
+    texts = novels.chapters()["test"]["text"][:ITEMS]
+    encoded = [tokenizer(text)["input_ids"] for text in texts]
+    assert all(len(ids) > 10 * WINDOW for ids in encoded)
+    expected = [text_log_likelihood(model, ids, tokenizer.bos_token_id) for ids in encoded]
+    got = [float(sample["filtered_resps"][0]) for sample in perplexity["samples"]]
+    assert got == pytest.approx(expected, rel=1e-4)
+    words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+    assert perplexity["word_perplexity,none"] == pytest.approx(math.exp(-sum(expected) / words), rel=1e-3)
+    assert perplexity["bits_per_byte,none"] == pytest.approx(-sum(expected) / size / math.log(2), rel=1e-4)
+    others = [text_log_likelihood(dense, ids, tokenizer.bos_token_id) for ids in encoded]
+    assert others != pytest.approx(got, rel=1e-3)  # ten times what is allowed above
+
+    right = 0
+    continuation = results["novel_continuation"]
+    for sample, row in zip(continuation["samples"], novels.continuations()["test"], strict=False):
+        assert {name: sample["doc"][name] for name in row} == row
+        read = len(tokenizer(row["context"])["input_ids"])
+        choices = [tokenizer(f"{row['context']}\n{choice}")["input_ids"] for choice in row["choices"]]
+        expected = [log_likelihood(model, ids[-WINDOW - 1 :], len(ids) - read) for ids in choices]
+        assert [float(response[0]) for response in sample["filtered_resps"]] == pytest.approx(expected, rel=1e-4)
+        right += expected.index(max(expected)) == row["answer"]
+    assert len(continuation["samples"]) == ITEMS
+    assert continuation["acc,none"] == pytest.approx(right / ITEMS)
+
+
+def test_the_code_in_the_checkpoint_gives_the_same_numbers(folder: Path, tokenizer, tmp_path) -> None:
+    command = ["-c", WITHOUT, *RUN, "--trust_remote_code", "--tasks", str(TASKS / "novel_perplexity.yaml")]
+    results = evaluate([*command, "--model_args", f"pretrained={folder},max_length={WINDOW}"], tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    encoded = [tokenizer(text)["input_ids"] for text in novels.chapters()["test"]["text"][:ITEMS]]
+    got = [float(sample["filtered_resps"][0]) for sample in results["novel_perplexity"]["samples"]]
+    assert got == pytest.approx([text_log_likelihood(model, ids, tokenizer.bos_token_id) for ids in encoded], rel=1e-4)
+
+
+def test_the_questions_are_sound() -> None:
+    rows = novels.continuations()["test"]
+    assert rows.to_list() == novels.continuations()["test"].to_list()
+    assert len(rows) == 100
+    text = novels.NOVEL.read_text(encoding="utf-8")
+    for row in rows:
+        assert len(set(row["choices"])) == novels.CHOICES
+        assert len(row["context"]) >= 4000
+        assert f"{row['context']}\n{row['choices'][row['answer']]}" in text
+        assert not any(choice in row["context"] for choice in row["choices"])
+    assert sorted(rows["answer"]) == [i for i in range(novels.CHOICES) for _ in range(25)]
+    chapters = novels.chapters()["test"]
+    assert len(chapters) == 31
+    assert all(chapter in text for chapter in chapters["text"])
+    with pytest.raises(ValueError, match="from 1 to 50,000 and items from 1 to 100, got 60000 and 100"):
+        novels.continuations(context_characters=60_000)

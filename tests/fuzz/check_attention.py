@@ -1,0 +1,251 @@
+"""The fast paths against the reference in float64, in value and gradient, in random cases.
+
+Queries and keys are small integers times powers of two, so that the scores of blocks are exact in float32 in whatever
+order they are summed. Which blocks are chosen, ties included, is then a fact, and no difference is excused.
+
+Legend: that of `sparse_selection.py`; also `E` value dimension.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from whisper_hf.model import (
+    attention,
+    attention_blockwise,
+    attention_gathered,
+    attention_triton,
+    blockwise_plan,
+    blockwise_products,
+    sparse_selection,
+    triton_decode,
+)
+from whisper_hf.model.attention_reference import attention_reference
+from whisper_hf.model.sparse_selection import content_layout, query_slots, selected_keys, visible_keys
+
+from .draw_cases import Case
+
+SMALLEST = 1e-38  # of float32's normal numbers
+COUNTED = (  # that a path ran is what calls of these prove
+    (attention, "attention_blockwise"),
+    (attention, "attention_decode"),
+    (attention_gathered, "_attend_last"),
+    (attention_gathered, "mean_blocks"),
+    (attention_blockwise, "sdpa"),
+    (attention_blockwise, "forward_head"),
+    (attention_blockwise, "backward_head"),
+    (blockwise_products, "_forward_band"),
+    (blockwise_products, "_backward_band"),
+    (blockwise_products, "_raise_reference"),
+    (sparse_selection, "_top_by_sort"),
+    (attention_triton, "attend"),
+    (attention_triton, "differentiate"),
+    (triton_decode, "_decode"),
+)
+calls: Counter[str] = Counter()
+seen: Counter[str] = Counter()
+
+
+def tensors(case: Case) -> list[Tensor]:
+    """Return query (`[B, H, T, D]`), key (`[B, K, S, D]`) and value (`[B, K, S, E]`) that require gradients."""
+    generator = torch.Generator().manual_seed(case.seed)
+    heads, length = case.kv_heads * case.groups, case.length
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-case.entry, case.entry + 1, shape, generator=generator).double()
+
+    query = integers(case.rows, heads, case.queries, case.head_dim)
+    key = integers(case.rows, case.kv_heads, length, case.head_dim)
+    if case.keys != "random":  # every one of them one of two, in runs of a block, or all the same
+        index = torch.randint(min(2, length), (length,), generator=generator)
+        if case.keys == "blocks":
+            index = index[torch.arange(length) // case.block_size]
+        key = key[:, :, index if case.keys in ("few", "blocks") else torch.zeros_like(index)]
+    towers = torch.rand(case.rows, case.kv_heads, length, 1, generator=generator) < 0.02
+    key = key * 2.0 ** (towers * case.tower)
+    key = key * (case.keys != "zero")
+    value = torch.randn(case.rows, case.kv_heads, length, case.value_dim, dtype=torch.float64, generator=generator)
+    dtype = getattr(torch, case.dtype)
+    states = (query * 2.0 ** case.shifts[0], key * 2.0 ** case.shifts[1], value)
+    views = (case.views[0], case.views[1], case.views[1])
+    return [_viewed(each.to(dtype), view) for each, view in zip(states, views, strict=True)]
+
+
+def _viewed(states: Tensor, view: str) -> Tensor:
+    """Lay `[B, H, T, D]` out in memory; what lies between is not a number."""
+    batch, heads, length, width = states.shape
+    if view == "model":
+        return states.transpose(1, 2).contiguous().requires_grad_().transpose(1, 2)
+    if view == "buffer":
+        room = states.new_full((batch, heads, length + 64 - length % 32, width), math.nan)
+        room[:, :, :length] = states
+        return room.requires_grad_()[:, :, :length]
+    if view == "strided":
+        room = states.new_full((batch, heads, length, 2 * width), math.nan)
+        room[..., ::2] = states
+        return room.requires_grad_()[..., ::2]
+    if view == "expanded":
+        return states[:1].clone().requires_grad_().expand(batch, -1, -1, -1)
+    return states.requires_grad_()
+
+
+def layout_of(case: Case) -> Tensor | None:
+    """Return the layout, `[B, 1, 1, S]` int32."""
+    if not case.has_layout:
+        return None
+    generator = torch.Generator().manual_seed(case.seed)
+    shown = torch.ones(case.rows, case.length, dtype=torch.bool)
+    starts = torch.zeros(case.rows, case.length, dtype=torch.bool)
+    for row, (left, right, percent) in enumerate(case.hidden):
+        shown[row] = torch.rand(case.length, generator=generator) * 100 >= percent
+        shown[row, :left] = False
+        shown[row, case.written - right :] = False
+        starts[row, list(case.starts[row])] = True
+    return content_layout(shown, starts, case.written)
+
+
+@contextmanager
+def counted_calls(tile: int | None = None) -> Iterator[None]:
+    """Count the calls of what is in `COUNTED`, and make tiles small."""
+    with ExitStack() as stack:
+        for module, name in COUNTED:
+            stack.enter_context(mock.patch.object(module, name, _counting(getattr(module, name), called(module, name))))
+        if tile:
+            for module, name, value in (
+                (attention, "QUERIES_PER_STEP", tile),
+                (blockwise_plan, "QUERIES_PER_TILE", tile),
+                (blockwise_plan, "QUERIES_PER_CHOICE", tile),
+                (blockwise_products, "BLOCKS_PER_BAND", tile // 5),
+                (sparse_selection, "LEAST_TO_PARTITION", 1),
+            ):
+                stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+def called(module: ModuleType, name: str) -> str:
+    """Return what `calls` says of a function."""
+    return f"{module.__name__.rpartition('.')[2]}.{name}"
+
+
+def _counting(function: object, name: str) -> object:
+    def counting(*args: object, **kwargs: object) -> object:
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return counting
+
+
+def attend(case: Case, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None) -> Tensor:
+    """Attend by the path under test, `[B, H, T, E]`."""
+    if case.path in ("dispatch", "triton"):
+        layer = SimpleNamespace(
+            config=SimpleNamespace(sparse_attention=case.settings), num_key_value_groups=case.groups
+        )
+        with attention.sparse_backend("triton" if case.path == "triton" else "auto"):
+            output, _ = attention.masked_sparse_attention_forward(
+                layer, query, key, value, layout, scaling=case.scaling, sliding_window=case.sliding_window
+            )
+        return output.transpose(1, 2)
+    decodes = case.path == "decode"
+    path = attention_gathered.attention_decode if decodes else attention_blockwise.attention_blockwise
+    return path(query, key, value, layout, case.scaling, case.settings)
+
+
+def check(case: Case) -> None:
+    """Compare a fast path's output, with and without gradients, and its gradients with the reference's.
+
+    Raises:
+        AssertionError: they differ by more than rounding.
+    """
+    states, layout = tensors(case), layout_of(case)
+    visible = visible_keys(
+        layout, query_slots(layout, case.queries, case.length, states[0].device), case.length, case.sliding_window
+    )
+    allowed = visible
+    if case.sliding_window is None:
+        allowed = selected_keys(states[0], states[1], visible, case.settings)
+    exact, bounds = truth(case, states, allowed)
+    with counted_calls(case.tile):
+        output = attend(case, *states, layout)
+        got = [output, *torch.autograd.grad(output, states, _upstream(case).to(output.dtype))]
+        with torch.no_grad():
+            got.append(attend(case, *states, layout))
+    for name, result, expected, bound in zip(
+        ("output", "gradient of query", "gradient of key", "gradient of value", "output without gradients"),
+        got,
+        [*exact, exact[0]],
+        [*bounds, bounds[0]],
+        strict=True,
+    ):
+        assert (result.dtype, result.shape) == (states[0].dtype, expected.shape), name
+        excess = (result.double() - expected).abs() / bound
+        assert excess.isfinite().all(), f"{name}: not a number"
+        assert excess.max() <= 1, f"{name}: {excess.max():.3g} times what rounding explains, at {_worst(excess)}"
+    _count(case, visible, allowed)
+
+
+def _worst(excess: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+
+
+def _upstream(case: Case) -> Tensor:
+    shape = (case.rows, case.kv_heads * case.groups, case.queries, case.value_dim)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(case.seed + 1))
+
+
+def truth(case: Case, states: list[Tensor], allowed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return output and gradients of query, key and value in float64, and how far rounding may move each element.
+
+    Rounding moves a weight by a share of it, which grows with the logit unless that is exact, and a logit's gradient by
+    the same share of the sizes of its terms; half precision rounds weights and the saved output once more, and where
+    PyTorch's own attention computes, the logits, too. The smallest weights count as much as they are clamped to.
+    """
+    exact = [tensor.detach().double().requires_grad_() for tensor in states]
+    upstream = _upstream(case)
+    output, weights = attention_reference(*exact, allowed, case.scaling)
+    results = [output, *torch.autograd.grad(output, exact, upstream)]
+    with torch.no_grad():
+        query, key, value = (tensor.abs() for tensor in exact)
+        key, value = (tensor.repeat_interleave(case.groups, dim=1) for tensor in (key, value))
+        shown = allowed.repeat_interleave(case.groups, dim=1) if allowed.shape[1] > 1 else allowed
+        largest = (query @ key.mT * shown).amax(-1, keepdim=True) * case.scaling
+        dtype = states[0].dtype
+        unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        coarse = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+        shares = unit * (64 + 8 * largest) + coarse
+        if case.is_left_to_sdpa:
+            shares += coarse * largest
+        is_exact = not (case.odd_scaling or case.path == "triton" or (coarse and case.is_left_to_sdpa))
+        floor = shown * 2 * math.exp(blockwise_products.UNDERFLOW)
+        moved = weights.detach() * (unit * 64 + coarse if is_exact else shares) + floor
+        loose = weights.detach() * shares + floor
+        centred = loose * (upstream.abs() @ value.mT + (upstream * output).abs().sum(-1, keepdim=True))
+        groups = (case.kv_heads, case.groups)
+        bounds = [
+            moved @ value,
+            case.scaling * (centred @ key),
+            case.scaling * (centred.mT @ query).unflatten(1, groups).sum(2),
+            (loose.mT @ upstream.abs()).unflatten(1, groups).sum(2),
+        ]
+        own = torch.finfo(dtype).eps
+        return [result.detach() for result in results], [
+            bound + own * result.abs() + SMALLEST for bound, result in zip(bounds, results, strict=True)
+        ]
+
+
+def _count(case: Case, visible: Tensor, allowed: Tensor) -> None:
+    seen["cases"] += 1
+    seen[case.path] += 1
+    seen[case.dtype] += 1
+    seen["longer than the budget"] += not case.settings.covers(case.length)
+    seen["leaves keys out"] += bool((allowed != visible).any())
+    seen["padding, holes or documents"] += case.has_layout
+    seen["documents"] += any(case.starts)
+    seen["sliding window"] += case.sliding_window is not None
+    seen["queries behind a cache"] += case.queries < case.written

@@ -1,0 +1,46 @@
+"""What each of two processes does for `test_processes.py`; prints nothing, writes `FOLDER/result.json`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import fully_shard
+
+from whisper_hf.distillation.forward import Batch, DistillationForward
+from whisper_hf.distillation.head_replacement import HeadReplacement
+
+from ..distillation.test_trainer import KINDS, TERMS, config, examples, pad, student_model, teacher_model, train
+
+
+def trained(folder: str, options: dict) -> dict:
+    """Train with half of each batch, evaluate, and return what one process would have found, too."""
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
+    trainer = train(examples(), folder, **options, **sizes)
+    weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
+    return {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "weights": weights}
+
+
+def sharded_gradients(folder: str) -> dict[str, float]:
+    """Return the square of the norm of each gradient, of a student and a teacher that are sharded (FSDP2)."""
+    student, teacher = student_model(), teacher_model()
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for model in (student, teacher):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    first = 4 * torch.distributed.get_rank()
+    batch = Batch.split(pad([examples()[i] for i in range(first, first + 4)]), "labels")
+    run = DistillationForward(config(folder, **TERMS), teacher, teacher, None)
+    losses = run(student, student, HeadReplacement(student), batch)
+    (2 * losses.loss / 100).backward()
+    return {name: p.grad.full_tensor().double().square().sum().item() for name, p in student.named_parameters()}
+
+
+if __name__ == "__main__":
+    found = {kind: trained(sys.argv[1], options) for kind, options in KINDS.items()}
+    found["sharded"] = sharded_gradients(sys.argv[1])
+    if torch.distributed.get_rank() == 0:
+        (Path(sys.argv[1]) / "result.json").write_text(json.dumps(found))
+    torch.distributed.barrier()

@@ -1,0 +1,1 @@
+"""Model cards and the results files from which they take their numbers."""

@@ -1,0 +1,162 @@
+# Copyright 2026 The whisper_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the model classes do about checkpoints, processes and attention: load and save whole, share, refuse."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedConfig
+from transformers.distributed import DistributedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from .attention import MASKED_SPARSE
+from .checkpoint_integrity import CHECKSUMS, load_intact, weight_shapes, write_checksums
+from .configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
+
+EXPLICIT_MASKS = ("sdpa", "eager")
+ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, *EXPLICIT_MASKS)
+ENGINES = ("vllm",)  # register an attention of their own, which is dense and keeps keys, and sequences apart, by itself
+# every process computes all heads where processes cannot share them evenly; the weights are shared all the same
+UNEVEN_HEADS_TP_PLAN = {
+    "q_proj": "colwise_gather_output",
+    "k_proj": "colwise_gather_output",
+    "v_proj": "colwise_gather_output",
+    "q_norm": "replicate",
+    "k_norm": "replicate",
+    "o_proj": "rowwise_split_input",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_whisper_lm.WhisperLMConfig",
+    "AutoModel": "modeling_whisper_lm.WhisperLMModel",
+    "AutoModelForCausalLM": "modeling_whisper_lm.WhisperLMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_whisper_lm.WhisperLMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_whisper_lm.WhisperLMForTokenClassification",
+}
+
+
+def keep_4bit_arrangement(model: Any) -> None:
+    """Keep bitsandbytes from rearranging 4-bit weights, in place."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def _without_fsdp_class(model: Any) -> Iterator[None]:
+    """Give a model its own class back, before which FSDP 2 puts one of torch, whose code would be saved instead."""
+    kind = type(model)
+    model.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        model.__class__ = kind
+
+
+class CheckedPreTrainedModel(PreTrainedModel):
+    """A `PreTrainedModel` whose checkpoints are whole, with its code, and whose attention is never dense unasked."""
+
+    config: WhisperLMConfig
+    _may_be_new: tuple[str, ...] = ()  # beginnings of the names of weights that a checkpoint may lack
+
+    def __init__(self, config: WhisperLMConfig, *args: Any, **kwargs: Any) -> None:
+        """Refuse weights of an unknown kind, which transformers would read as if they were none.
+
+        Raises:
+            ValueError: a checkpoint in a quantization that needs a package to be imported.
+        """
+        quantization = getattr(config, "quantization_config", None)
+        if isinstance(quantization, dict) and not AutoHfQuantizer.supports_quant_method(quantization):
+            raise ValueError(
+                f"the checkpoint is quantized by {quantization['quant_method']!r}, which transformers does not know; "
+                "import the package that brings it before loading: int8-cpu comes with `import whisper_hf`"
+            )
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but only weights that are whole; 4-bit ones then stay as they are loaded.
+
+        On CPUs with AVX512-BF16, bitsandbytes (0.50.2) rearranges them when they are first used without gradients, for
+        a faster product with few rows; saved, dequantized or trained on after that, they are wrong.
+
+        Raises:
+            ValueError: weights that are damaged, missing or of another shape: see [`load_intact`].
+            OSError: no such checkpoint.
+        """
+        source, load = pretrained_model_name_or_path, super().from_pretrained
+        if source is None:  # weights from memory
+            loaded = load(None, *args, **kwargs)
+        else:
+
+            def shapes() -> dict[str, torch.Size]:
+                config = kwargs.get("config")
+                if not isinstance(config, PreTrainedConfig):
+                    config, _ = cls.config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+                return weight_shapes(cls, config)
+
+            loaded = load_intact(load, source, *args, may_be_new=cls._may_be_new, shapes=shapes, **kwargs)
+        keep_4bit_arrangement(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Default to `masked_sparse` and accept only what computes the same function.
+
+        That includes an engine's own, which is dense, if no sequence is longer than what its tokens attend to.
+
+        Raises:
+            ValueError: any other implementation, which would silently attend densely.
+        """
+        implementation = requested_attention or MASKED_SPARSE
+        if implementation in ATTENTION_IMPLEMENTATIONS:
+            return implementation
+        if implementation in ENGINES and self.config.is_dense:
+            return super().get_correct_attn_implementation(implementation, is_init_check)
+        budget = SparseAttentionConfig.from_value(self.config.sparse_attention).budget_tokens
+        raise ValueError(
+            f'Specified `attn_implementation="{implementation}"` is not supported: {type(self).__name__} computes '
+            f"masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}; whisper_hf.to_dense(model) gives a "
+            f"model for dense engines. Up to the {budget} tokens of its budget the model is dense itself: with "
+            f"max_position_embeddings={budget} at most it runs with {ENGINES}"
+        )
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any) -> Any:
+        """Share the model between processes by its plan, and by another for heads that cannot be shared evenly."""
+        if distributed_config is not None and model.config.num_key_value_heads % distributed_config.tp_size:
+            plan = model.tp_plan.items()
+            model.tp_plan = {name: UNEVEN_HEADS_TP_PLAN.get(name.rpartition(".")[2], style) for name, style in plan}
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with this code, an `auto_map` that names every Auto class, and checksums."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        is_worker = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+        is_main = kwargs.get("is_main_process", True) and not is_worker
+        if is_main:
+            Path(save_directory, CHECKSUMS).unlink(missing_ok=True)  # of what is about to be overwritten
+        with _without_fsdp_class(self):
+            super().save_pretrained(save_directory, **kwargs)
+        if is_main:
+            write_checksums(save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        write_checksums(working_dir)  # before the upload with which `save_pretrained` may end
+        return super()._upload_modified_files(working_dir, *args, **kwargs)

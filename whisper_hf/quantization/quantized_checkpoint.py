@@ -1,0 +1,141 @@
+"""Quantized checkpoints, written with a report."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ..checkpoint_io import load_causal_lm, load_config, new_folder, save_tokenizer
+from .recipes import QuantizationConfig, disable_cpu_repacking, dtype_of, resolve, usable_device
+from .report import compare, kept, linear_weights, logits
+from .sensitivity import check_share, keep_layers, layer_divergences, most_sensitive
+
+REPORT = "quantization.json"
+COMPARED_TOKENS = 512  # at most: enough to see a fault, little enough for logits of any vocabulary
+
+SAMPLE = (  # Jane Austen, Northanger Abbey
+    "No one who had ever seen Catherine Morland in her infancy would have supposed her born to be an heroine. Her "
+    "situation in life, the character of her father and mother, her own person and disposition, were all equally "
+    "against her. Her father was a clergyman, without being neglected, or poor, and a very respectable man, though his "
+    "name was Richard, and he had never been handsome. He had a considerable independence besides two good livings, "
+    "and he was not in the least addicted to locking up his daughters. Her mother was a woman of useful plain sense, "
+    "with a good temper, and, what is more remarkable, with a good constitution."
+)
+
+
+def quantize(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    recipe: str | QuantizationConfig,
+    *,
+    keep: float = 0.0,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    text: str | None = SAMPLE,
+    max_shard_size: str | int = "50GB",
+    progress: Callable[[str], object] | None = None,
+    **hub_kwargs: Any,
+) -> dict[str, Any]:
+    """Write a quantized checkpoint with tokenizer, generation config and a report; all of it or nothing.
+
+    Args:
+        source: folder or Hub id of a causal language model of any family.
+        target: the folder to write; it must not exist, or be empty.
+        recipe: a name of `RECIPES`, with products in the dtype of the model; or a config.
+        keep: share of the linear layers' weights, in [0, 1), that stays as it is: those layers which, quantized alone,
+            change the predictions on the text most for each weight. Finding them takes a pass for each layer.
+        dtype: of what is not quantized; by default that of the source.
+        device: where to quantize, the GPU by default if there is one.
+        text: on whose first 512 tokens layers are measured, and the quantized model is compared with the source, which
+            is loaded for that; `None` saves the time and memory.
+        max_shard_size: largest file of weights.
+        progress: called with a line before each step.
+        hub_kwargs: for loading, such as `revision` or `trust_remote_code`.
+
+    Returns:
+        what `quantization.json` in the target holds: recipe; bytes of the linear weights before and after, and ratios;
+        what was kept in high precision, and the divergence (nats per token) of each layer that is there due to `keep`;
+        bytes on disk; versions; and the comparison (`null` without text or tokenizer), which is a check against faults
+        rather than a measure of quality: mean KL divergence (nats per token), largest difference of logits, and how
+        often the likeliest token is the same (ratio in [0, 1]).
+
+    Raises:
+        ValueError: an unknown recipe, a source that is quantized, has an adapter or lies in memory, a target that holds
+            something, a device on which the recipe does not run, a share outside its range, a text or a share without
+            tokenizer, or a model without linear layers.
+        ImportError: no bitsandbytes, where it is needed.
+    """
+    say = progress or (lambda line: None)
+    config = _source_config(source, hub_kwargs)
+    quantization = copy.deepcopy(resolve(recipe, dtype_of(config.dtype if dtype == "auto" else dtype)))
+    device = usable_device(quantization, device)
+    check_share(keep)
+    options = {"dtype": dtype, "device_map": {"": device}, **hub_kwargs}
+    report: dict[str, Any] = {"source": str(source), "recipe": recipe if isinstance(recipe, str) else "custom"}
+    with new_folder(target) as folder:
+        ids = _read(text, save_tokenizer(source, folder, config.get_text_config(decoder=True).vocab_size, hub_kwargs))
+        if ids is None and (keep or text not in (None, SAMPLE)):
+            missing = "text" if text is None else "tokenizer"
+            raise ValueError(f"measuring needs a text and a tokenizer, got no {missing}; leave text and keep out")
+        sensitive: dict[str, float] = {}
+        if ids is not None:
+            say("running the source")
+            model = load_causal_lm(source, finite=True, **options)
+            before = logits(model, ids)
+            if keep:
+                divergences = layer_divergences(model, quantization, ids)
+                sensitive = {name: divergences[name] for name in most_sensitive(model, divergences, keep)}
+                keep_layers(model, quantization, list(sensitive))
+            del model
+        say(f"quantizing on {device}")
+        model = load_causal_lm(source, finite=ids is None, quantization_config=quantization, **options)
+        settings = quantization.to_diff_dict()
+        report["quantization_config"] = {key: value for key, value in settings.items() if not key.startswith("_")}
+        report |= {"linear_weights": linear_weights(model, sensitive), "kept": kept(model), "sensitive": sensitive}
+        say("saving")
+        model.save_pretrained(folder, max_shard_size=max_shard_size)  # before it is used: see disable_cpu_repacking
+        report["bytes_on_disk"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        report["comparison"] = None
+        if ids is not None:
+            say("comparing with the source")
+            report["comparison"] = compare(before, logits(disable_cpu_repacking(model), ids))
+        own = ["bitsandbytes"] if isinstance(quantization, BitsAndBytesConfig) else []
+        report["versions"] = {name: version(name) for name in ["transformers", "torch", *own]}
+        Path(folder, REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _read(text: str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:
+    """Return the tokens to compare on, `[1, T]`."""
+    if text is None or tokenizer is None:
+        return None
+    return tokenizer(text, return_tensors="pt")["input_ids"][:, :COMPARED_TOKENS]
+
+
+def _source_config(source: Any, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a source that can be quantized, before anything large is loaded."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"the source must be a folder or a Hub id, got a {type(source).__name__}; weights are quantized while they "
+            "are loaded, so save_pretrained a full-precision model first, with its tokenizer"
+        )
+    if Path(source, "adapter_config.json").is_file():
+        raise ValueError(f"the source {str(source)!r} has an adapter; merge it first and quantize the result")
+    config = load_config(source, **hub_kwargs)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the source {str(source)!r} is quantized already, got a quantization_config; quantize the full-precision "
+            "checkpoint that it was made from"
+        )
+    return config

@@ -1,0 +1,1 @@
+"""Measure repetition in generated text, watch it during training, and train against it."""

@@ -1,0 +1,1 @@
+"""Parts for training with the stock `Trainer`: packed rows, checkpoints, finite gradients, generation."""
