@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from .model.labels import IGNORED
+
 Batches = list[dict[str, Tensor]]  # of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64
 Measure = Callable[[Tensor, Tensor], Tensor]  # of a module's input and output, `[N, ...]` float32, for each token
 
@@ -143,7 +145,7 @@ def calibration_batches(calibration: Iterable | None, model: PreTrainedModel) ->
             raise ValueError(f"calibration must hold ids below vocab_size={model.config.vocab_size}, got {got}")
         visible = (mask != 0).long()
         is_target = functional.pad(visible[:, 1:] * visible[:, :-1], (1, 0)).bool()  # a hidden token predicts nothing
-        labels = ids.long().masked_fill(~is_target, -100)
+        labels = ids.long().masked_fill(~is_target, IGNORED)
         batches.append({"input_ids": ids.long(), "attention_mask": visible, "labels": labels})
     if not any((batch["labels"] >= 0).any() for batch in batches):
         raise ValueError(f"calibration must hold two visible tokens in a row, got {len(batches)} items; {REMEDY}")

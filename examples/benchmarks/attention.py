@@ -26,9 +26,9 @@ from examples.benchmarks import attention_cuda
 from examples.benchmarks.layers import NOTE, is_available, measure_layers, report_layers
 from examples.benchmarks.measuring import alternate, peak_memory
 from whisper_hf import SparseAttentionConfig
-from whisper_hf.model.attention import explicit_mask
 from whisper_hf.model.attention_blockwise import attention_blockwise
-from whisper_hf.model.attention_gathered import attention_decode, mean_blocks
+from whisper_hf.model.attention_gathered import attention_gathered, mean_blocks
+from whisper_hf.model.attention_masks import explicit_mask
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 GROUPS, SCALING = HEADS // KV_HEADS, HEAD_DIM**-0.5
@@ -104,7 +104,7 @@ def decode_row(length: int, batch: int, seconds: float) -> dict[str, float]:
     packed = query.view(batch, KV_HEADS, GROUPS, HEAD_DIM)
     runs = {
         "dense": lambda: sdpa(packed, key, value),
-        "sparse": lambda: attention_decode(query, key, value, None, SCALING, DECODE, means),
+        "sparse": lambda: attention_gathered(query, key, value, None, SCALING, DECODE, means),
     }
     return alternate({name: torch.no_grad()(run) for name, run in runs.items()}, seconds, most=300)
 

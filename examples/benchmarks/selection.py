@@ -45,7 +45,8 @@ from examples.support.long_texts import ROOM, facts, hide, losses, read, share_f
 from examples.support.smollm2 import smollm2_checkpoint
 from whisper_hf import SparseAttentionConfig
 from whisper_hf.model.attention_blockwise import attention_blockwise
-from whisper_hf.model.blockwise_plan import choose_blocks, plan_rows
+from whisper_hf.model.blockwise_plan import plan_rows
+from whisper_hf.model.blockwise_selection import choose_blocks
 from whisper_hf.model.sparse_selection import block_scores, top_blocks
 
 SEGMENT, ROWS = 1024, 256  # tokens: reported together; attended from at once

@@ -20,9 +20,11 @@ from whisper_hf.model import (
     attention,
     attention_blockwise,
     attention_gathered,
+    attention_masks,
     attention_triton,
     blockwise_plan,
     blockwise_products,
+    blockwise_selection,
     sparse_selection,
     triton_decode,
 )
@@ -34,7 +36,7 @@ from .draw_cases import Case
 SMALLEST = 1e-38  # of float32's normal numbers
 COUNTED = (  # that a path ran is what calls of these prove
     (attention, "attention_blockwise"),
-    (attention, "attention_decode"),
+    (attention, "attention_gathered"),
     (attention_gathered, "_attend_last"),
     (attention_gathered, "mean_blocks"),
     (attention_blockwise, "sdpa"),
@@ -118,9 +120,9 @@ def counted_calls(tile: int | None = None) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, _counting(getattr(module, name), called(module, name))))
         if tile:
             for module, name, value in (
-                (attention, "QUERIES_PER_STEP", tile),
+                (attention_masks, "QUERIES_PER_STEP", tile),
                 (blockwise_plan, "QUERIES_PER_TILE", tile),
-                (blockwise_plan, "QUERIES_PER_CHOICE", tile),
+                (blockwise_selection, "QUERIES_PER_CHOICE", tile),
                 (blockwise_products, "BLOCKS_PER_BAND", tile // 5),
                 (sparse_selection, "LEAST_TO_PARTITION", 1),
             ):
@@ -153,7 +155,7 @@ def attend(case: Case, query: Tensor, key: Tensor, value: Tensor, layout: Tensor
             )
         return output.transpose(1, 2)
     decodes = case.path == "decode"
-    path = attention_gathered.attention_decode if decodes else attention_blockwise.attention_blockwise
+    path = attention_gathered.attention_gathered if decodes else attention_blockwise.attention_blockwise
     return path(query, key, value, layout, case.scaling, case.settings)
 
 

@@ -13,14 +13,19 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from whisper_hf.model import attention
+from whisper_hf.model import attention, attention_masks, attention_reference
 from whisper_hf.model.attention import masked_sparse_attention_forward
-from whisper_hf.model.attention_reference import attention_reference, eager_attention_forward
+from whisper_hf.model.attention_reference import eager_attention_forward, masked_sparse_attention_reference
 from whisper_hf.model.configuration_whisper_lm import SparseAttentionConfig
 
 from ..conftest import LENGTH, SIZES, SPARSE, VOCABULARY, tiny_model, tokens
 
 BACKENDS = ["eager", "sdpa", "masked_sparse"]
+WHERE_SELECTED = {
+    "masked_sparse": (attention, "attention_blockwise"),
+    "eager": (attention_reference, "selected_keys"),
+    "sdpa": (attention_masks, "selected_keys"),
+}
 
 
 def attention_inputs(dtype: torch.dtype = torch.float32, length: int = LENGTH) -> list[torch.Tensor]:
@@ -46,9 +51,9 @@ def test_backend_matches_reference_in_value_and_gradient(backend: str, padded: b
     inputs = attention_inputs()
     shown = torch.ones(2, LENGTH, dtype=torch.bool)
     shown[0, : 29 if padded else 0] = False
-    layout = attention.masked_sparse_mask(2, LENGTH, LENGTH, attention_mask=shown)
+    layout = attention_masks.masked_sparse_mask(2, LENGTH, LENGTH, attention_mask=shown)
     settings = SparseAttentionConfig(**SPARSE)
-    allowed = attention.explicit_mask(inputs[0], inputs[1], layout, settings)
+    allowed = attention_masks.explicit_mask(inputs[0], inputs[1], layout, settings)
     upstream = torch.randn(2, LENGTH, 4, 16)
 
     def run(forward, tensors):
@@ -56,7 +61,7 @@ def test_backend_matches_reference_in_value_and_gradient(backend: str, padded: b
         return [output, *torch.autograd.grad(output, tensors, upstream.to(output.dtype))]
 
     def oracle(query, key, value):
-        return attention_reference(query, key, value, allowed[:, ::2], 0.25)[0].transpose(1, 2)
+        return masked_sparse_attention_reference(query, key, value, layout, 0.25, settings)[0].transpose(1, 2)
 
     def sdpa(query, key, value):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module_with(), query, key, value, allowed, scaling=0.25)[0]
@@ -97,7 +102,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_covering_budget_is_plain_sdpa_without_selection(backend: str, count_calls) -> None:
-    selections = count_calls(attention, "attention_blockwise" if backend == "masked_sparse" else "selected_keys")
+    selections = count_calls(*WHERE_SELECTED[backend])
     sparse = tiny_model(attn_implementation=backend)
     covered = tiny_model(attn_implementation=backend, sparse_attention={"block_size": 16, "topk_blocks": 99})
     dense = tiny_model(attn_implementation=backend, layer_types=["full_attention"] * 2)
@@ -111,7 +116,7 @@ def test_rows_without_any_visible_key_are_zero_and_have_no_gradient() -> None:
     inputs = attention_inputs()
     shown = torch.zeros(2, LENGTH, dtype=torch.bool)
     shown[1] = True
-    layout = attention.masked_sparse_mask(2, LENGTH, LENGTH, attention_mask=shown)
+    layout = attention_masks.masked_sparse_mask(2, LENGTH, LENGTH, attention_mask=shown)
     for settings in (SPARSE, {"topk_blocks": 99}):
         output, _ = masked_sparse_attention_forward(module_with(settings), *inputs, layout, scaling=0.25)
         gradients = torch.autograd.grad(output.sum(), inputs)
@@ -262,7 +267,7 @@ def test_sliding_layers_get_exactly_their_window(count_calls) -> None:
     attention_mask = torch.ones_like(tokens())
     attention_mask[0, :40] = 0
     expected = model(tokens(), attention_mask=attention_mask).logits
-    selections = count_calls(attention, "_sparse_attention")
+    selections = count_calls(attention, "sparse_attention")
     model.set_attn_implementation("masked_sparse")
     model.config.sparse_attention = SPARSE
     logits = model(tokens(), attention_mask=attention_mask).logits

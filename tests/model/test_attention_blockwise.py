@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from whisper_hf.model import attention, attention_blockwise, attention_gathered, blockwise_products
-from whisper_hf.model.attention_reference import attention_reference
+from whisper_hf.model import attention, attention_blockwise, attention_gathered, attention_masks, blockwise_products
+from whisper_hf.model.attention_reference import attention_reference, masked_sparse_attention_reference
 from whisper_hf.model.configuration_whisper_lm import SparseAttentionConfig
 from whisper_hf.model.sparse_selection import content_layout
 
@@ -58,8 +58,7 @@ def layout_of(name: str, length: int = 203) -> Tensor | None:
 
 def reference(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float, settings) -> Tensor:
     """Attend by the oracle."""
-    mask = attention.explicit_mask(query, key, layout, settings)[:, :: query.shape[1] // key.shape[1]]
-    return attention_reference(query, key, value, mask, scaling)[0]
+    return masked_sparse_attention_reference(query, key, value, layout, scaling, settings)[0]
 
 
 def assert_same(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, settings=SETTINGS, **close) -> None:
@@ -126,11 +125,11 @@ def test_blockwise_matches_reference_behind_a_cache(queries: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_error_is_no_worse_than_that_of_sdpa(dtype: torch.dtype) -> None:
     query, key, value = inputs(dtype=dtype)
-    mask = attention.explicit_mask(query, key, None, SETTINGS)
+    mask = attention_masks.explicit_mask(query, key, None, SETTINGS)
     repeated = [states.repeat_interleave(2, dim=1) for states in (key, value)]
     plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
     fast = attention_blockwise.attention_blockwise(query, key, value, None, 32**-0.5, SETTINGS)
-    exact = attention_reference(query.double(), key.double(), value.double(), mask[:, ::2], 32**-0.5)[0]
+    exact = attention_reference(query.double(), key.double(), value.double(), mask, 32**-0.5)[0]
     assert fast.dtype == dtype
     assert (fast - exact).abs().mean() <= 1.5 * (plain - exact).abs().mean()
 
@@ -138,11 +137,11 @@ def test_half_precision_error_is_no_worse_than_that_of_sdpa(dtype: torch.dtype) 
 def test_float32_error_is_at_most_one_and_a_half_times_that_of_sdpa() -> None:
     settings = SparseAttentionConfig(64, 8, 4, 1)
     query, key, value = (tensor.detach() for tensor in inputs(8, 2, 64, 2048, 2048))
-    mask = attention.explicit_mask(query, key, None, settings)
+    mask = attention_masks.explicit_mask(query, key, None, settings)
     repeated = [states.repeat_interleave(4, dim=1) for states in (key, value)]
     plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
     fast = attention_blockwise.attention_blockwise(query, key, value, None, 0.125, settings)
-    exact = attention_reference(query.double(), key.double(), value.double(), mask[:, ::4], 0.125)[0]
+    exact = attention_reference(query.double(), key.double(), value.double(), mask, 0.125)[0]
     assert (fast - exact).abs().mean() <= 1.5 * (plain - exact).abs().mean()
 
 
@@ -212,7 +211,7 @@ def test_autocast_changes_nothing_inside() -> None:
     expected = attention_blockwise.attention_blockwise(query, key, value, None, 0.2, SETTINGS)
     with torch.autocast("cpu", torch.bfloat16):
         got = attention_blockwise.attention_blockwise(query, key, value, None, 0.2, SETTINGS)
-        decoded = attention_gathered.attention_decode(query[:, :, -1:], key, value, None, 0.2, SETTINGS)
+        decoded = attention_gathered.attention_gathered(query[:, :, -1:], key, value, None, 0.2, SETTINGS)
     assert torch.equal(got, expected)
     torch.testing.assert_close(decoded, expected[:, :, -1:], rtol=1e-4, atol=1e-5)
 
@@ -225,7 +224,7 @@ def test_decode_matches_reference_in_every_layout(name: str) -> None:
     query, key, value = inputs(queries=1)
     layout = layout_of(name)
     results = []
-    for forward in (attention_gathered.attention_decode, reference):
+    for forward in (attention_gathered.attention_gathered, reference):
         output = forward(query, key, value, layout, 0.2, SETTINGS)
         results.append([output, *torch.autograd.grad(output.sum(), (query, key, value))])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -235,7 +234,7 @@ def test_decode_matches_reference_in_every_layout(name: str) -> None:
 @pytest.mark.parametrize("queries", [1, 5])
 def test_decode_matches_reference_at_every_budget(settings: SparseAttentionConfig, queries: int) -> None:
     query, key, value = inputs(queries=queries)
-    got = attention_gathered.attention_decode(query, key, value, None, 0.2, settings)
+    got = attention_gathered.attention_gathered(query, key, value, None, 0.2, settings)
     torch.testing.assert_close(got, reference(query, key, value, None, 0.2, settings), rtol=1e-4, atol=1e-5)
 
 
@@ -248,7 +247,7 @@ def test_decode_matches_reference_on_a_view_of_a_larger_buffer(offset: int) -> N
         buffer = torch.full((2, 2, 256, 32), float("nan"))
         buffer[:, :, offset : offset + 192] = states
         views.append(buffer[:, :, offset : offset + 187])
-    got = attention_gathered.attention_decode(query, *views, None, 0.2, SETTINGS)
+    got = attention_gathered.attention_gathered(query, *views, None, 0.2, SETTINGS)
     expected = reference(query, key[:, :, :187], value[:, :, :187], None, 0.2, SETTINGS)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -257,12 +256,12 @@ def test_decode_reads_only_chosen_blocks_and_summaries() -> None:
     """What is not chosen may be anything: with cached means, it is never touched."""
     query, key, value = (tensor.detach() for tensor in inputs(queries=1))
     means = attention_gathered.mean_blocks(key, None, 16)
-    expected = attention_gathered.attention_decode(query, key, value, None, 0.2, SETTINGS, means)
-    allowed = attention.explicit_mask(query, key, None, SETTINGS)[:, ::2, 0]  # [B, K, S]
+    expected = attention_gathered.attention_gathered(query, key, value, None, 0.2, SETTINGS, means)
+    allowed = attention_masks.explicit_mask(query, key, None, SETTINGS)[:, ::2, 0]  # [B, K, S]
     assert allowed.sum(-1).max() <= 80 < 203
     for states in (key, value):
         states[~allowed] = float("nan")
-    assert torch.equal(attention_gathered.attention_decode(query, key, value, None, 0.2, SETTINGS, means), expected)
+    assert torch.equal(attention_gathered.attention_gathered(query, key, value, None, 0.2, SETTINGS, means), expected)
 
 
 # --- in the model ----------------------------------------------------------------------------------------------------
@@ -270,8 +269,8 @@ def test_decode_reads_only_chosen_blocks_and_summaries() -> None:
 
 def test_each_path_runs_where_it_should(count_calls) -> None:
     """Training and prefill take the blockwise path, decoding the gathered one, and neither the reference."""
-    blockwise, decode = count_calls(attention, "attention_blockwise"), count_calls(attention, "attention_decode")
-    slow = count_calls(attention, "attention_reference")
+    blockwise, decode = count_calls(attention, "attention_blockwise"), count_calls(attention, "attention_gathered")
+    slow = count_calls(attention, "masked_sparse_attention_reference")
     model = tiny_model()
     model.train()(tokens(), labels=tokens()).loss.backward()
     assert (len(blockwise), len(decode)) == (2, 0)

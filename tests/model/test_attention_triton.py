@@ -29,9 +29,10 @@ from whisper_hf.model import (
     triton_selection,
     triton_tiling,
 )
-from whisper_hf.model.attention import explicit_mask, sparse_backend
+from whisper_hf.model.attention import sparse_backend
 from whisper_hf.model.attention_gathered import mean_blocks
-from whisper_hf.model.attention_reference import attention_reference
+from whisper_hf.model.attention_masks import explicit_mask
+from whisper_hf.model.attention_reference import masked_sparse_attention_reference
 from whisper_hf.model.sparse_selection import content_layout
 from whisper_hf.model.triton_optional import IS_INTERPRETED
 
@@ -105,8 +106,7 @@ def layout_of(name: str) -> Tensor | None:
 
 def reference(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float, settings) -> Tensor:
     """Attend by the oracle."""
-    mask = explicit_mask(query, key, layout, settings)[:, :: query.shape[1] // key.shape[1]]
-    return attention_reference(query, key, value, mask, scaling)[0]
+    return masked_sparse_attention_reference(query, key, value, layout, scaling, settings)[0]
 
 
 def assert_same(states: list[Tensor], layout: Tensor | None = None, settings=SETTINGS, rtol=1e-4, atol=2e-5) -> None:
@@ -373,7 +373,7 @@ def test_model_runs_on_the_kernels_forward_backward_and_decoding(count_calls) ->
         if backend == "stock":
             forward, backward = count_calls(attention_triton, "attend"), count_calls(attention_triton, "differentiate")
             decode = count_calls(triton_decode, "_decode")
-            stock = [count_calls(attention, name) for name in ("attention_blockwise", "attention_decode")]
+            stock = [count_calls(attention, name) for name in ("attention_blockwise", "attention_gathered")]
     torch.testing.assert_close(results["triton"], results["stock"], rtol=1e-3, atol=1e-5)
     assert (len(forward), len(backward), len(decode)) == (2 * 3, 2, 2)  # two layers; recomputed once
     assert not any(stock)
@@ -401,7 +401,7 @@ def test_autocast_takes_its_dtype() -> None:
     query, key, value = (tensor.detach() for tensor in inputs(queries=70, keys=70))
     settings = SparseAttentionConfig(16, 1, 1, 1)
     with sparse_backend("triton"), torch.autocast(DEVICE, torch.float16):
-        got = attention._sparse_attention(query, key, value.half(), None, 0.25, settings, None)
+        got = attention.sparse_attention(query, key, value.half(), None, 0.25, settings, None)
     assert got.dtype == torch.float32
     expected = attention_triton.attention_triton(query.half(), key.half(), value.half(), None, 0.25, settings)
     assert torch.equal(got, expected.float())
@@ -421,14 +421,18 @@ def test_autocast_takes_its_dtype() -> None:
 def test_explicit_requests_that_cannot_be_met_raise(change: dict, message: str) -> None:
     states = [tensor.detach() for tensor in inputs(**{"queries": 3, "keys": 70, **change})]
     with sparse_backend("triton"), pytest.raises(ValueError, match=message) as error:
-        attention._sparse_attention(*states, None, 0.25, SETTINGS, None)
+        attention.sparse_attention(*states, None, 0.25, SETTINGS, None)
     assert 'sparse_backend("auto")' in str(error.value)
-    assert attention._sparse_attention(*states, None, 0.25, SETTINGS, None).shape == states[0].shape
+    assert attention.sparse_attention(*states, None, 0.25, SETTINGS, None).shape == states[0].shape
 
 
 def test_other_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (tensor.detach().cpu() for tensor in inputs(queries=1))
-    large, unmet = SparseAttentionConfig(256), attention_triton.unmet_condition
+    large = SparseAttentionConfig(256)
+
+    def unmet(query: Tensor, key: Tensor, value: Tensor, settings: SparseAttentionConfig) -> str | None:
+        return attention_triton.unmet_condition(query, key, value, settings, True, torch.float32)
+
     assert "at most 128 tokens of this width and dtype, got 256" in unmet(query, key, value, large)
     assert "quantized cache" in unmet(query, key.to(torch.int8), value, SETTINGS)
     monkeypatch.setattr(attention_triton, "IS_INTERPRETED", False)
@@ -446,7 +450,7 @@ import torch
 from whisper_hf.model.attention_triton import unmet_condition
 from whisper_hf.model.attention import sparse_backend, SparseAttentionConfig
 states = [torch.zeros(1, 1, 1, 8)] * 3
-print(unmet_condition(*states, SparseAttentionConfig()))
+print(unmet_condition(*states, SparseAttentionConfig(), False, torch.float32))
 """
 
 

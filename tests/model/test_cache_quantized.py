@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from whisper_hf.model import attention, attention_gathered
 from whisper_hf.model.cache_quantized import QuantizedSparseCache
-from whisper_hf.model.int8_rows import pack, unpack
+from whisper_hf.model.int8_rows import dequantize_rows, quantize_rows
 
 from ..conftest import LENGTH, SPARSE, tiny_model, tokens
 
@@ -17,16 +17,16 @@ INT8 = {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}
 def test_rounding_is_that_of_eight_bits_for_each_row() -> None:
     states = torch.randn(2, 3, 5, 8) * torch.logspace(-4, 3, 5)[:, None]
     states[0, 0, 0] = 0
-    packed = pack(states)
+    packed = quantize_rows(states)
     assert packed.dtype == torch.int8
     assert packed.shape == (2, 3, 5, 10)
     step = states.abs().amax(-1, keepdim=True) / 127
-    assert ((unpack(packed) - states).abs() <= 0.51 * step).all()
-    assert (unpack(packed)[0, 0, 0] == 0).all()
-    assert unpack(packed, torch.bfloat16).dtype == torch.bfloat16
-    assert unpack(states) is states
+    assert ((dequantize_rows(packed) - states).abs() <= 0.51 * step).all()
+    assert (dequantize_rows(packed)[0, 0, 0] == 0).all()
+    assert dequantize_rows(packed, torch.bfloat16).dtype == torch.bfloat16
+    assert dequantize_rows(states) is states
     huge = torch.tensor([[1e30, -1e30, 0.0], [1e-30, 0.0, -1e-30]])
-    torch.testing.assert_close(unpack(pack(huge)), huge, rtol=0.01, atol=0)
+    torch.testing.assert_close(dequantize_rows(quantize_rows(huge)), huge, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("padding", [0, 23])
@@ -56,8 +56,8 @@ def test_a_step_unpacks_only_what_it_attends_to(count_calls) -> None:
     cache = QuantizedSparseCache(model.config)
     with torch.no_grad():
         model(ids, cache=cache)
-        unpacked = count_calls(attention_gathered, "unpack")
-        everything = count_calls(attention, "unpack")
+        unpacked = count_calls(attention_gathered, "dequantize_rows")
+        everything = count_calls(attention, "dequantize_rows")
         model(ids[:, :1], cache=cache)
     budget = sum(SPARSE[name] for name in ("topk_blocks", "local_blocks", "sink_blocks")) * SPARSE["block_size"]
     assert len(unpacked) == 4  # keys and values of two layers

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 from whisper_hf import WhisperLMForCausalLM
-from whisper_hf.model.attention import layout_from_inputs
+from whisper_hf.model.attention_masks import layout_from_inputs
 
 from ..conftest import LENGTH, ROOT, SIZES, SPARSE, tiny_model, tokens
 from ..helpers.tensor_parallel_processes import GENERATIONS, HIDDEN, generations, heads, padded, predictions

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.repetition_loss import IGNORED, shift
+from ..model.labels import IGNORED, documents_from_positions, shift
 from ..objectives import (
     StoredSamples,
     StoredTop,
@@ -223,8 +223,7 @@ class DistillationForward:
         positions = batch.inputs.get("position_ids")
         documents = None
         if positions is not None:
-            documents = nn.functional.pad((positions[:, 1:] <= positions[:, :-1]).long().cumsum(1), (1, 0))
-            documents = documents.expand_as(batch.targets)
+            documents = documents_from_positions(positions).expand_as(batch.targets)
         window = self.config.diversity_window
         return repeating_tokens(batch.inputs["input_ids"], batch.targets, documents, window=window)[batch.counts]
 

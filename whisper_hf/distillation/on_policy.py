@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..model.repetition_loss import IGNORED
+from ..model.labels import IGNORED
 
 
 def is_on_policy_step(fraction: float, seed: int, step: int) -> bool:

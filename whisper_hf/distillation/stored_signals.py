@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..model.checkpoint_integrity import CHECKSUMS, refuse_changed
-from ..model.repetition_loss import IGNORED
+from ..model.labels import IGNORED
 
 MANIFEST = "signals.json"
 ROW = "teacher_row"  # column that says which signals belong to an example

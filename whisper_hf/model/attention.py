@@ -11,208 +11,123 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Masked sparse attention as transformers calls it: read the layout, refuse what cannot be honoured, dispatch.
+"""Masked sparse attention as transformers calls it: refuse what it cannot compute, choose a backend, dispatch.
 
 Importing this file registers `masked_sparse` in transformers' attention and mask interfaces, which makes
 `AutoModelForCausalLM.from_pretrained(..., attn_implementation="masked_sparse")` work for any causal language model.
 The shape legend is that of `sparse_selection.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    causal_mask_function,
-    find_packed_sequence_indices,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils.import_utils import is_tracing
 
 from .attention_blockwise import attention_blockwise
-from .attention_gathered import attention_decode
-from .attention_reference import attention_reference
+from .attention_gathered import attention_gathered
+from .attention_masks import dense_mask, is_layout, masked_sparse_mask
+from .attention_reference import masked_sparse_attention_reference
 from .configuration_whisper_lm import SparseAttentionConfig
-from .int8_rows import unpack
-from .sparse_selection import content_layout, query_slots, selected_keys, visible_keys
+from .int8_rows import dequantize_rows
 
 MASKED_SPARSE = "masked_sparse"
-QUERIES_PER_STEP = 512  # bounds the score matrix of the reference to this many rows
 BACKENDS = ("auto", "stock", "triton")
-_backend = "auto"
+MOST_GATHERED = 2  # times the keys there are; see `resolve_backend`
+_wanted_backend: ContextVar[str] = ContextVar("wanted_backend", default="auto")
 
 
 @contextmanager
 def sparse_backend(name: str) -> Iterator[None]:
-    """Choose what computes masked sparse attention in a `with` block, recomputation by gradient checkpointing included.
+    """Choose the implementation of masked sparse attention for a `with` block.
+
+    The choice holds for the calling thread and `asyncio` task alone. Run `backward` within the block, too: gradient
+    checkpointing computes the forward pass again there. On a GPU that happens in a thread of PyTorch's own, which the
+    choice does not reach, so that checkpointing and `"stock"` do not go together there. A compiled model keeps the
+    choice under which it was compiled.
 
     Args:
-        name (`str`): `"auto"`, the default, takes the Triton kernels for CUDA tensors where it can, and stock PyTorch
-            operations elsewhere; `"stock"` always takes these; `"triton"` takes the kernels, or raises a `ValueError`
-            that says what keeps it from them.
+        name (`str`): `"auto"`, the default, takes the Triton kernels for CUDA tensors where they apply, and stock
+            PyTorch operations elsewhere; `"stock"` always takes stock operations; `"triton"` takes the kernels, or
+            raises a `ValueError` that says which condition is not met.
 
     Raises:
         ValueError: another name.
     """
-    global _backend
     if name not in BACKENDS:
         raise ValueError(f"the backends of masked_sparse attention are {list(BACKENDS)}, got {name!r}")
-    previous, _backend = _backend, name
+    token = _wanted_backend.set(name)
     try:
         yield
     finally:
-        _backend = previous
+        _wanted_backend.reset(token)
 
 
-def masked_sparse_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    config: PreTrainedConfig | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Describe a batch to [`masked_sparse_attention_forward`]; the `AttentionMaskInterface` entry.
-
-    Costs O(S): the mask function is asked once per slot whether a token sees its predecessor, which tells where
-    documents begin, instead of once per pair of tokens.
-
-    Args:
-        batch_size, q_length, kv_length (`int`): `B`, `T` and `S`.
-        q_offset, kv_offset (`int`, or tensor in a static cache): index of the first query and of the first key slot.
-        mask_function (`Callable`): transformers' predicate (batch, head, query index, key index) -> may attend.
-        attention_mask (`[B, seen tokens]`, bool, *optional*): the padding mask.
-        allow_is_causal_skip (`bool`): may return `None` for one document without hidden tokens.
-        use_vmap (`bool`): the predicate is the user's own; it is then expanded to a full mask.
-        device (`torch.device`): where the layout is needed.
-        config (`PreTrainedConfig`, *optional*): that of the model which asks.
-
-    Returns:
-        `[B, 1, 1, S]` int32 layout, `None`, or for a custom predicate a `[B, 1, T, S]` bool mask.
-
-    Raises:
-        ValueError: the predicate lets a token see a later one, or the model would not pass the layout on.
-    """
-    if config is not None and not is_tracing():
-        _refuse_without_interface(type(config))
-    if use_vmap:
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            allow_is_causal_skip=False,
-            use_vmap=True,
-            device=device,
-        )
-    query_end = q_offset - kv_offset + q_length
-    may_skip = allow_is_causal_skip and not isinstance(query_end, Tensor) and query_end == kv_length
-    if may_skip and attention_mask is None and mask_function is causal_mask_function:
-        return None
-    visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        shown = attention_mask[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
-        visible = nn.functional.pad(shown, (0, kv_length - shown.shape[1]))
-    starts = _document_starts(mask_function, batch_size, kv_length, kv_offset, visible.device)
-    if may_skip and not is_tracing(visible) and visible.all() and not starts[:, 1:].any():
-        return None
-    return content_layout(visible, starts, query_end)
+@torch.compiler.assume_constant_result
+def _wanted() -> str:
+    return _wanted_backend.get()  # torch.compile cannot trace this call, so it takes the result for a constant
 
 
-def _refuse_without_interface(config_class: type) -> None:
-    """Raise for a model whose attention is its own: it would take the layout for a mask and attend to the future."""
-    model_class = MODEL_MAPPING.get(config_class, None)
-    if model_class is not None and not model_class._can_set_attn_implementation():
-        raise ValueError(
-            f"masked_sparse attention needs a model that uses transformers' attention interface, got "
-            f'{model_class.__name__}, which has an attention of its own; load it with attn_implementation="eager"'
-        )
+def resolve_backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor | None,
+    settings: SparseAttentionConfig,
+    wanted: str,
+) -> str:
+    """Choose the implementation that computes masked sparse attention of these tensors.
 
-
-def _document_starts(predicate: Callable, batch_size: int, key_length: int, offset: int, device: Any) -> Tensor:
-    """Return `[B, S]`, bool: slots whose token does not see its predecessor."""
-    batch = torch.arange(batch_size, device=device)[:, None]
-    slot = torch.arange(1, key_length, device=device)[None] + offset
-    sees_previous = predicate(batch, 0, slot, slot - 1).expand(batch_size, -1)
-    if not is_tracing(sees_previous) and predicate(batch, 0, slot - 1, slot).any():
-        raise ValueError(
-            "masked_sparse attention is causal, got a mask in which a token sees a later one; "
-            'use attn_implementation="sdpa" for this model'
-        )
-    return nn.functional.pad(~sees_previous, (1, 0), value=True)
-
-
-def layout_from_inputs(
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    cache: Cache | None,
-    position_ids: Tensor | None,
-    layer_idx: int = 0,
-) -> Tensor | None:
-    """Describe the inputs of a [`WhisperLMModel`], whatever its attention implementation.
+    `"triton"` and `"triton_decode"` (one query, no gradient) are for CUDA devices. In stock operations `"gathered"`
+    reads the attended keys of each query, which is best for few queries, and `"blockwise"` reads each block once for
+    all queries that attend to it. Gathering is chosen for a single query, and for more where it reads at most twice as
+    many keys as there are: measured on a CPU, it is faster up to twice (64k keys) to ten times (4k keys) as many.
 
     Args:
-        inputs_embeds (`[B, T, hidden_size]`): only its shape and device are read.
-        attention_mask (`[B, S]`, or `[B, 1, T, S]` bool or additive, or a layout, or `None`): 1 or `True` for tokens.
-        cache (`Cache`, *optional*): the cache, before this forward.
-        position_ids (`[B or 1, T]`, *optional*): positions that restart separate packed documents, where there is
-            neither an attention mask nor a cache.
-        layer_idx (`int`): a layer for which the cache holds keys.
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): floats; keys and values may be quantized
+            to int8 rows. Only shapes, dtypes, devices and `requires_grad` are read.
+        layout (`[B, 1, 1, S]`, int32, or `None`): see `sparse_selection.py`.
+        settings (`SparseAttentionConfig`): block size and budget.
+        wanted (`str`): one of `BACKENDS`.
 
     Returns:
-        A layout, `None`, or the four-dimensional mask as it came.
+        `"triton"`, `"triton_decode"`, `"gathered"` or `"blockwise"`.
 
     Raises:
-        ValueError: a mask of another rank.
+        ValueError: `wanted` is `"triton"`, and the kernels cannot compute this.
     """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask must be [batch, keys] or [batch, 1, queries, keys], got {list(attention_mask.shape)}"
-        )
-    batch_size, query_length = inputs_embeds.shape[:2]
-    query_offset, (key_length, key_offset) = 0, (query_length, 0)
-    if cache is not None:
-        query_offset = cache.get_query_offset(layer_idx)
-        key_length, key_offset = cache.get_mask_sizes(query_length, layer_idx)
-    elif attention_mask is not None:
-        key_length = attention_mask.shape[1]
+    if wanted == "triton" or (wanted == "auto" and query.is_cuda):
+        from .attention_triton import unmet_condition  # imports triton, where it is installed
 
-    predicate = causal_mask_function
-    if position_ids is not None and attention_mask is None and cache is None:
-        document = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
-        if document is not None:
+        needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+        is_decoding = query.shape[2] == 1 and not needs_grad
+        unmet = unmet_condition(query, key, value, settings, is_decoding, shared_dtype(query, key, value))
+        if unmet is None:
+            return "triton_decode" if is_decoding else "triton"
+        if wanted == "triton":
+            raise ValueError(f'the Triton kernels {unmet}; or leave it to sparse_backend("auto")')
+    gathered = query.shape[2] * settings.budget_tokens  # keys, with repetitions
+    if query.shape[2] == 1 or (layout is None and gathered <= MOST_GATHERED * key.shape[2]):
+        return "gathered"
+    return "blockwise"
 
-            def predicate(batch: Tensor, _head: int, query: Tensor, key: Tensor) -> Tensor:
-                return (document[batch, query] == document[batch, key]) & (key <= query)
 
-    return masked_sparse_mask(
-        batch_size,
-        query_length,
-        key_length,
-        query_offset.to(inputs_embeds.device) if isinstance(query_offset, Tensor) else query_offset,
-        key_offset,
-        predicate,
-        attention_mask,
-        device=inputs_embeds.device,
-    )
+def shared_dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
+    """Return the dtype in which the Triton kernels compute: autocast's where it is on, else the widest of the floats.
+
+    Under autocast, RoPE widens queries and keys to float32; float64 is never narrowed.
+    """
+    dtype = query.dtype
+    for states in (key, value):
+        if states.is_floating_point():
+            dtype = torch.promote_types(dtype, states.dtype)
+    if torch.is_autocast_enabled(query.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+    return dtype
 
 
 def masked_sparse_attention_forward(
@@ -226,7 +141,7 @@ def masked_sparse_attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Masked sparse attention; the `AttentionInterface` entry.
+    """Compute masked sparse attention; this is the entry of transformers' `AttentionInterface`.
 
     Where the budget covers the keys, and in layers that pass `sliding_window` or `sparse_attention=None`, this is
     scaled-dot-product attention over the plain causal (or windowed) mask.
@@ -235,14 +150,14 @@ def masked_sparse_attention_forward(
         module (`nn.Module`): the attention layer; its `config.sparse_attention` holds the budget, unless the layer
             passes `sparse_attention` itself.
         query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype; keys and values may be
-            packed by a quantized cache.
+            int8 rows of a quantized cache.
         attention_mask: a layout, `None`, or a `[B, 1, T, S]` mask, bool or additive (0, or at most -10,000).
         scaling (`float`, *optional*): factor on the logits, `D ** -0.5` by default.
         dropout (`float`): must be 0.
         sliding_window (`int`, *optional*): exactly this window, and no selection.
 
     Returns:
-        output (`[B, T, H, E]`, dtype of `query`) and, where `output_attentions` asks for them, weights `[B, H, T, S]`.
+        output (`[B, T, H, E]`, dtype of `query`) and, if `output_attentions` asks for them, weights `[B, H, T, S]`.
 
     Raises:
         ValueError: dropout, logit softcapping, learned sinks, a position bias, paged caches or non-causal attention.
@@ -250,165 +165,62 @@ def masked_sparse_attention_forward(
     refuse_unsupported(module, dropout, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = layer_settings(module, kwargs)
-    wants_weights = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
     if sliding_window is not None or settings is None or settings.covers(key.shape[2]):
         settings = None
-    is_plain = not wants_weights and (attention_mask is None or is_layout(attention_mask))
-    if settings is None or not is_plain:
-        key, value = unpack(key, query.dtype), unpack(value, query.dtype)
-    if settings is None and not wants_weights:
-        mask = dense_mask(attention_mask, query, key, sliding_window)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)
-
-    if settings is not None and is_plain:
-        output = _sparse_attention(query, key, value, attention_mask, scaling, settings, kwargs.get("block_means"))
+    needs_weights = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
+    is_fast = not needs_weights and (attention_mask is None or is_layout(attention_mask))
+    if settings is not None and is_fast:
+        output = sparse_attention(query, key, value, attention_mask, scaling, settings, kwargs.get("block_means"))
         return output.transpose(1, 2).contiguous(), None
 
-    outputs, weights = [], []
-    for rows, visible in visible_rows(attention_mask, query, key, sliding_window):
-        allowed = visible if settings is None else selected_keys(query[:, :, rows], key, visible, settings)
-        output, weight = attention_reference(query[:, :, rows], key, value, allowed, scaling)
-        outputs.append(output)
-        if wants_weights:
-            weights.append(weight)
-    output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
-    return output, torch.cat(weights, dim=2) if wants_weights else None
+    key, value = dequantize_rows(key, query.dtype), dequantize_rows(value, query.dtype)
+    if settings is None and not needs_weights:
+        mask = dense_mask(attention_mask, query, key, sliding_window)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)
+    output, weights = masked_sparse_attention_reference(
+        query, key, value, attention_mask, scaling, settings, sliding_window, needs_weights
+    )
+    return output.transpose(1, 2).contiguous(), weights
 
 
-def _sparse_attention(
+def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     layout: Tensor | None,
     scaling: float,
     settings: SparseAttentionConfig,
-    block_means: Tensor | None,
+    block_means: Tensor | None = None,
 ) -> Tensor:
-    """Dispatch: to Triton on a GPU; else gather the blocks of each query by itself, or take each once for all."""
-    if _backend == "triton" or (_backend == "auto" and query.is_cuda):
-        output = _triton_attention(query, key, value, layout, scaling, settings, block_means)
-        if output is not None:
-            return output
-    query_length = query.shape[2]
-    gathered = query_length * settings.budget_blocks * settings.block_size  # keys, with repetitions
-    # on a CPU, gathering wins until it reads two (at 64k keys) to ten times (at 4k, blocks of 32) as much as there is
-    if query_length == 1 or (layout is None and gathered <= 2 * key.shape[2]):
-        return attention_decode(query, key, value, layout, scaling, settings, block_means)
-    return attention_blockwise(query, unpack(key, query.dtype), unpack(value, query.dtype), layout, scaling, settings)
-
-
-def _triton_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Tensor | None,
-    scaling: float,
-    settings: SparseAttentionConfig,
-    block_means: Tensor | None,
-) -> Tensor | None:
-    """Attend by the Triton kernels; where they cannot, return `None`, or raise if they were asked for by name."""
-    from .attention_triton import attention_triton, unmet_condition  # brings triton along
-    from .triton_decode import attention_triton_decode
-
-    needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
-    is_decoding = query.shape[2] == 1 and not needs_grad
-    if not is_decoding:
-        key, value = unpack(key, query.dtype), unpack(value, query.dtype)
-    wanted = query.dtype
-    if key.is_floating_point() and value.is_floating_point():
-        query, key, value = _one_dtype(query, key, value)
-    unmet = unmet_condition(query, key, value, settings)
-    if unmet is None and is_decoding:
-        return attention_triton_decode(query, key, value, layout, scaling, settings, block_means).to(wanted)
-    if unmet is None:
-        return attention_triton(query, key, value, layout, scaling, settings).to(wanted)
-    if _backend == "triton":
-        raise ValueError(f'the Triton kernels {unmet}; or leave it to sparse_backend("auto")')
-    return None
-
-
-def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors in autocast's dtype where it is on (RoPE widens queries and keys there), or in the widest."""
-    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    if torch.is_autocast_enabled(query.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def explicit_mask(
-    query: Tensor, key: Tensor, attention_mask: Tensor | None, settings: SparseAttentionConfig | None
-) -> Tensor | None:
-    """Expand what a query may attend to into the mask that `eager` and `sdpa` take.
+    """Attend to the sink, local and chosen blocks, by the backend that [`sparse_backend`] and the tensors call for.
 
     Args:
-        query (`[B, H, T, D]`), key (`[B, K, S, D]`): as attention sees them.
-        attention_mask: as in [`masked_sparse_attention_forward`].
-        settings (`SparseAttentionConfig`, *optional*): `None` for a dense layer.
+        query, key, value, layout, settings: as in [`resolve_backend`].
+        scaling (`float`): factor on the logits.
+        block_means (`[B, K, N, D]`, float32, *optional*): mean keys of the blocks of content, if a cache keeps them.
 
     Returns:
-        `[B, H or 1, T, S]`, bool, or `None` for plain causal attention without a cache or of a single query.
-    """
-    if settings is None or settings.covers(key.shape[2]):
-        return dense_mask(attention_mask, query, key)
-    groups = query.shape[1] // key.shape[1]
-    allowed = [
-        selected_keys(query[:, :, rows], key, visible, settings)
-        for rows, visible in visible_rows(attention_mask, query, key)
-    ]
-    return torch.cat(allowed, dim=2).repeat_interleave(groups, dim=1)
-
-
-def dense_mask(
-    attention_mask: Tensor | None, query: Tensor, key: Tensor, sliding_window: int | None = None
-) -> Tensor | None:
-    """Return the plain causal mask, `[B or 1, 1, T, S]` bool, or `None` where SDPA's own causality says the same."""
-    query_length, key_length = query.shape[2], key.shape[2]
-    is_windowed = sliding_window is not None and sliding_window < key_length
-    if attention_mask is None and not is_windowed and query_length in (1, key_length):
-        return None
-    if attention_mask is not None and not is_layout(attention_mask):
-        return bool_mask(attention_mask)
-    slots = query_slots(attention_mask, query_length, key_length, key.device)
-    return visible_keys(attention_mask, slots, key_length, sliding_window)
-
-
-def visible_rows(
-    attention_mask: Tensor | None, query: Tensor, key: Tensor, sliding_window: int | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the plain causal mask a few queries at a time: a slice of them and its `[B or 1, 1, rows, S]` bool mask."""
-    query_length, key_length = query.shape[2], key.shape[2]
-    steps = [slice(start, start + QUERIES_PER_STEP) for start in range(0, query_length, QUERIES_PER_STEP)]
-    if attention_mask is None or is_layout(attention_mask):
-        slots = query_slots(attention_mask, query_length, key_length, key.device)
-        for rows in steps:
-            yield rows, visible_keys(attention_mask, slots[:, rows], key_length, sliding_window)
-    else:
-        for rows in steps:
-            yield rows, bool_mask(attention_mask[:, :, rows])
-
-
-def is_layout(attention_mask: Tensor) -> bool:
-    """Tell a layout from a four-dimensional mask."""
-    return attention_mask.dtype == torch.int32
-
-
-def bool_mask(attention_mask: Tensor) -> Tensor:
-    """Turn a `[B, 1, T, S]` mask, bool or additive, into a bool one.
+        `[B, H, T, E]` in the dtype of `query`.
 
     Raises:
-        ValueError: an additive mask that holds a bias, or a mask of integers.
+        ValueError: as in [`resolve_backend`].
     """
-    if attention_mask.dtype == torch.bool:
-        return attention_mask
-    if not attention_mask.is_floating_point():
-        raise ValueError(f"a four-dimensional attention_mask must be bool or additive, got {attention_mask.dtype}")
-    visible = attention_mask == 0
-    if not is_tracing(visible) and not (visible | (attention_mask <= -1e4)).all():
-        raise ValueError(
-            "an additive attention_mask for masked_sparse attention holds 0 (visible) or at most -10,000 (hidden), "
-            "got other values; masked sparse attention has no position bias"
-        )
-    return visible
+    backend = resolve_backend(query, key, value, layout, settings, _wanted())
+    if backend == "gathered":  # dequantizes only what it reads
+        return attention_gathered(query, key, value, layout, scaling, settings, block_means)
+    if backend == "blockwise":
+        key, value = dequantize_rows(key, query.dtype), dequantize_rows(value, query.dtype)
+        return attention_blockwise(query, key, value, layout, scaling, settings)
+    from .attention_triton import attention_triton
+    from .triton_decode import attention_triton_decode
+
+    dtype = shared_dtype(query, key, value)
+    queries, keys, values = (dequantize_rows(states, dtype).to(dtype) for states in (query, key, value))
+    if backend == "triton_decode":
+        output = attention_triton_decode(queries, keys, values, layout, scaling, settings, block_means)
+    else:
+        output = attention_triton(queries, keys, values, layout, scaling, settings)
+    return output.to(query.dtype)
 
 
 def cache_kwargs(attention_mask: Tensor | None, settings: SparseAttentionConfig | None) -> dict[str, Any]:

@@ -18,23 +18,21 @@ arithmetic is in `blockwise_products.py`, the bookkeeping in `blockwise_plan.py`
 query heads per key-value head and `E` value dimension. Both are custom operators, opaque to `torch.compile`.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.utils.generic import maybe_autocast
 
-from .blockwise_plan import RowPlan, choose_blocks, plan_rows
+from .attention_operator import register_attention_op
+from .blockwise_plan import RowPlan, plan_rows
 from .blockwise_products import backward_head, forward_head
+from .blockwise_selection import choose_blocks
 from .configuration_whisper_lm import SparseAttentionConfig
 
 LONGEST_SPLIT = 4  # times the budget; in longer sequences dense attention for the first queries gains nothing
-# a copy that is loaded as remote code registers operators of its own, named after its folder
-NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 def attention_blockwise(
@@ -71,8 +69,7 @@ def attention_blockwise(
     return torch.cat([start.transpose(1, 2), rest.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
-def _attend(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -100,11 +97,6 @@ def _attend(
     return output, lse, chosen
 
 
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, layout: Any, scaling: Any, block_size: Any, topk: int, *_: Any) -> Any:
-    return _empty_outputs(query, key, value, topk)
-
-
 def _empty_outputs(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length = query.shape[:3]
@@ -114,12 +106,7 @@ def _empty_outputs(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tupl
     return output, lse, chosen
 
 
-def _attend_backward_fake(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
-def _attend_backward(
+def _backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -158,21 +145,7 @@ def _attend_backward(
     return grads
 
 
-_attend_backward.register_fake(_attend_backward_fake)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, value, layout, *numbers = inputs
-    ctx.save_for_backward(query, key, value, *output, layout)
-    ctx.numbers = numbers
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    grads = _attend_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, *[None] * (1 + len(ctx.numbers)))
-
-
-_attend.register_autograd(_differentiate, setup_context=_save_for_backward)
+_attend, _ = register_attention_op(__name__, _forward, _backward, _empty_outputs)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_whisper_lm import SparseAttentionConfig
-from .int8_rows import unpack
-from .sparse_selection import block_scores, content_order, query_slots, top_recent
+from .int8_rows import dequantize_rows
+from .sparse_selection import block_scores, candidate_range, content_order, query_slots, top_recent
 
 
-def attention_decode(
+def attention_gathered(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -43,7 +43,7 @@ def attention_decode(
 
     Args:
         query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype; keys and values may be
-            packed (see `int8_rows.py`), and what is read is then unpacked.
+            quantized (see `int8_rows.py`), and only what is read is dequantized.
         layout (`[B, 1, 1, S]`, int32, or `None`): must be `None` where `T > 1`.
         scaling (`float`): factor on the logits.
         settings (`SparseAttentionConfig`): block size and budget.
@@ -65,10 +65,10 @@ def attention_decode(
 
     dtype = torch.promote_types(query.dtype, torch.float32)
     with maybe_autocast(query.device.type, enabled=False):
-        logits = (grouped.to(dtype) * scaling) @ unpack(_gather(key, slots)).to(dtype).transpose(3, 4)
+        logits = (grouped.to(dtype) * scaling) @ dequantize_rows(_gather(key, slots)).to(dtype).transpose(3, 4)
         logits = logits.masked_fill(~allowed[..., None, :], torch.finfo(dtype).min)
         weights = logits.softmax(-1) * allowed[..., None, :]
-        output = weights @ unpack(_gather(value, slots)).to(dtype)
+        output = weights @ dequantize_rows(_gather(value, slots)).to(dtype)
     return output.transpose(2, 3).flatten(1, 2).to(query.dtype)
 
 
@@ -77,21 +77,22 @@ def _attend_last(
 ) -> Tensor:
     """Attend from one query behind more keys than the budget: which blocks exist is known, and nothing is masked."""
     batch, kv_heads, length = key.shape[:3]
-    size, first = settings.block_size, settings.sink_blocks
-    end = (length - 1) // size + 1 - settings.local_blocks  # of the candidates
+    size = settings.block_size
+    current = (length - 1) // size
+    first, end = candidate_range(0, current, settings)
     packed = query.view(batch, kv_heads, -1, query.shape[3])
-    fixed = torch.tensor([*range(first), *range(end, end + settings.local_blocks)], device=key.device)
+    fixed = torch.tensor([*range(first), *range(end, current + 1)], device=key.device)
     blocks = fixed.expand(batch, kv_heads, -1)  # the last one may be incomplete
     with maybe_autocast(query.device.type, enabled=False):
         if settings.topk_blocks:
             means = mean_blocks(key, None, size) if means is None else means
-            past = means[:, :, : (length - 1) // size].detach()
+            past = means[:, :, :current].detach()
             scores = block_scores(packed.detach().float() @ past.transpose(2, 3))[..., first:end]
             blocks = torch.cat([top_recent(scores, settings.topk_blocks) + first, blocks], dim=2)
         attended = blocks.shape[2] * size - -length % size
         gathered = (_gather_blocks(states, blocks, size)[:, :, :attended] for states in (key, value))
         # under autocast, RoPE widens keys and queries
-        keys, values = (unpack(states).to(query.dtype) for states in gathered)
+        keys, values = (dequantize_rows(states).to(query.dtype) for states in gathered)
         output = scaled_dot_product_attention(packed, keys, values, scale=scaling)
     return output.view(batch, -1, 1, output.shape[3])
 
@@ -116,7 +117,7 @@ def mean_blocks(key: Tensor, slot_of: Tensor | None, block_size: int) -> Tensor:
     complete = key.shape[2] // block_size
     if slot_of is not None:
         key = key.gather(2, slot_of[:, None, :, None].expand_as(key))
-    return unpack(key[:, :, : complete * block_size]).float().unflatten(2, (complete, block_size)).mean(3)
+    return dequantize_rows(key[:, :, : complete * block_size]).float().unflatten(2, (complete, block_size)).mean(3)
 
 
 def _content(
@@ -137,19 +138,22 @@ def _pick_blocks(
     """Return sink, local and chosen blocks, `[B, K, T, P]`, of queries `[B, K, T, G, D]`, and which it attends to."""
     current = (last.div(settings.block_size, rounding_mode="floor"))[:, None, :, None]  # [B or 1, 1, T, 1]
     block = torch.arange(block_means.shape[2], device=last.device)
-    is_candidate = (block >= settings.sink_blocks) & (block <= current - settings.local_blocks)
+    begin, end = candidate_range(0, current, settings)
+    is_candidate = (block >= begin) & (block < end)
     scores = block_scores(query @ block_means[:, :, None].transpose(3, 4), block < current)
     scores = scores.masked_fill(~is_candidate, float("-inf"))
     chosen = top_recent(scores, settings.topk_blocks)
     local = current - torch.arange(settings.local_blocks, device=last.device)
     sink = torch.arange(settings.sink_blocks, device=last.device)
     parts = (
-        (sink, sink <= current - settings.local_blocks),  # the others are local
+        (sink, sink < end),  # later blocks are local
         (local, local >= 0),
         (chosen, scores.gather(3, chosen) > float("-inf")),
     )
     shape = (*query.shape[:3], -1)
-    return tuple(torch.cat([part[i].expand(shape) for part in parts], dim=3) for i in (0, 1))  # type: ignore[return-value]
+    picked = torch.cat([blocks.expand(shape) for blocks, _ in parts], dim=3)
+    is_picked = torch.cat([is_attended.expand(shape) for _, is_attended in parts], dim=3)
+    return picked, is_picked
 
 
 def _tokens(picked: Tensor, is_picked: Tensor, last: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

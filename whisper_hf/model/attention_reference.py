@@ -11,7 +11,19 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Attention over a given set of keys, written as the equation reads: the oracle for every faster path."""
+"""Masked sparse attention computed from its definition: the oracle that every faster path must equal.
+
+For each query head `h` of a group that shares a key head, and each query `t`:
+
+    content    = the visible keys of t's document up to t, numbered 0, 1, 2, ...; block(j) = number of j // block_size
+    e_h(b)     = q_h . mean of the keys of block b                  for the complete blocks b < c, c = block of the last
+    score(b)   = max over h of (e_h(b) - max over b' of e_h(b'))    one score per block for the whole group
+    attended   = the first sink_blocks blocks, the last local_blocks blocks up to c,
+                 and the topk_blocks best-scoring blocks between them (among equals, the later block)
+    output_h   = sum over attended keys j of softmax_j(scaling * q_h . k_j) v_j
+
+The shape legend is that of `sparse_selection.py`.
+"""
 
 from typing import Any
 
@@ -19,18 +31,56 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
+from .attention_masks import visible_rows
+from .configuration_whisper_lm import SparseAttentionConfig
+from .sparse_selection import selected_keys
+
+
+def masked_sparse_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    settings: SparseAttentionConfig | None,
+    sliding_window: int | None = None,
+    needs_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to the sink, local and chosen blocks of each query, by the definition at the top of this file.
+
+    The cost is O(T * S). Half-precision inputs are computed in float32 and returned in their own dtype; float64 stays
+    float64. The result is differentiable; the choice of blocks carries no gradient.
+
+    Args:
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype; `K` divides `H`.
+        attention_mask: a layout, `None`, or a `[B, 1 or H, T, S]` mask, bool or additive.
+        scaling (`float`): factor on the logits.
+        settings (`SparseAttentionConfig`, *optional*): block size and budget; `None` for all visible keys.
+        sliding_window (`int`, *optional*): also hide keys that are this many slots or more in the past.
+        needs_weights (`bool`): whether to return the weights, which take O(T * S) memory.
+
+    Returns:
+        output (`[B, H, T, E]`) and attention weights (`[B, H, T, S]`, or `None`), in the dtype of `query`.
+    """
+    is_sparse = settings is not None and not settings.covers(key.shape[2])
+    outputs, weights = [], []
+    for rows, visible in visible_rows(attention_mask, query, key, sliding_window):
+        allowed = selected_keys(query[:, :, rows], key, visible, settings) if settings and is_sparse else visible
+        output, weight = attention_reference(query[:, :, rows], key, value, allowed, scaling)
+        outputs.append(output)
+        if needs_weights:
+            weights.append(weight)
+    return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if needs_weights else None
+
 
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the allowed keys; a query that is allowed none returns zeros.
-
-    Half-precision inputs are computed in float32 and returned in their own dtype; float64 stays float64.
+    """Softmax attention over a given set of keys; a query without any allowed key returns zeros.
 
     Args:
-        query (`[B, H, T, D]`, any float): queries.
-        key (`[B, K, S, D]`, any float): keys; `K` divides `H`, and `H // K` query heads share a key head.
-        value (`[B, K, S, E]`, any float): values.
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype; `H // K` query heads
+            share a key head.
         allowed (`[B or 1, 1 or K or H, T, S]`, bool): which keys each query attends to.
         scaling (`float`): factor on the logits.
 
@@ -57,19 +107,22 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    sparse_attention: SparseAttentionConfig | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention with explicit weights; `attention_mask` is `[B, H or 1, T, S]` bool, or `None` for plain causal.
+) -> tuple[Tensor, Tensor | None]:
+    """Apply the reference as the `eager` attention implementation of a model.
+
+    Args:
+        module (`nn.Module`): the attention layer.
+        query, key, value, attention_mask, scaling: as in [`masked_sparse_attention_reference`].
+        dropout (`float`): probability with which a weight is dropped in training.
+        sparse_attention (`SparseAttentionConfig`, *optional*): the layer's budget; `None` for a dense layer.
 
     Returns:
-        output (`[B, T, H, D]`) and weights (`[B, H, T, S]`), in the dtype of `query`.
+        output (`[B, T, H, E]`) and weights (`[B, H, T, S]`), in the dtype of `query`.
     """
-    if attention_mask is None:
-        query_length, key_length = query.shape[2], key.shape[2]
-        attention_mask = query.new_ones(query_length, key_length, dtype=torch.bool)
-        attention_mask = attention_mask.tril(key_length - query_length)[None, None]
-    output, weights = attention_reference(query, key, value, attention_mask, scaling)
-    if dropout:
+    output, weights = masked_sparse_attention_reference(query, key, value, attention_mask, scaling, sparse_attention)
+    if dropout and weights is not None:
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         output = weights @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return output.transpose(1, 2).contiguous(), weights

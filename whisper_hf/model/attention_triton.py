@@ -17,12 +17,10 @@ The kernels are in `triton_selection.py`, `triton_forward.py` and `triton_backwa
 legend holds here too, in `triton_plan.py`. Both operators are opaque to `torch.compile`.
 """
 
-import re
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .attention_operator import register_attention_op
 from .configuration_whisper_lm import SparseAttentionConfig
 from .triton_backward_keys import differentiate
 from .triton_forward import attend
@@ -33,16 +31,23 @@ from .triton_tiling import Tiling, row_bytes, tiling_for
 
 LARGEST_HEAD, LARGEST_GROUP, MOST_KEYS = 256, 32, 128
 LARGEST_BLOCK = {2: 32768, 4: 16384}  # bytes of a block's keys, padded, by bytes of a number: they stay on the chip
-# a copy that is loaded as remote code registers operators of its own, named after its folder
-NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
-def unmet_condition(query: Tensor, key: Tensor, value: Tensor, settings: SparseAttentionConfig) -> str | None:
-    """Return what keeps these tensors from the Triton kernels, as the middle of an error message, or `None`.
+def unmet_condition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: SparseAttentionConfig,
+    is_decoding: bool,
+    dtype: torch.dtype,
+) -> str | None:
+    """Return the first condition of the Triton kernels that is not met, as the middle of an error message, or `None`.
 
     Args:
         query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): as attention sees them.
         settings (`SparseAttentionConfig`): block size and budget.
+        is_decoding (`bool`): whether there is one query and no gradient: that kernel reads no quantized cache.
+        dtype (`torch.dtype`): the dtype to which the tensors will be cast.
     """
     if not HAS_TRITON:
         return "need the package triton, got none; pip install triton"
@@ -51,16 +56,14 @@ def unmet_condition(query: Tensor, key: Tensor, value: Tensor, settings: SparseA
             f"need CUDA tensors, got {query.device.type}; move the model to a GPU, or set TRITON_INTERPRET=1 before "
             "the program starts, which is slow"
         )
-    if torch.int8 in (key.dtype, value.dtype):
+    if is_decoding and torch.int8 in (key.dtype, value.dtype):
         return "need plain keys and values to decode from, got those of a quantized cache (int8); use another cache"
     widths, groups = (query.shape[3], value.shape[3]), query.shape[1] // key.shape[1]
-    dtypes = {states.dtype for states in (query, key, value)}
-    if len(dtypes) > 1 or not dtypes <= PARTS.keys():
-        names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"need queries, keys and values of one dtype, bfloat16, float16 or float32, got {', '.join(names)}"
+    if dtype not in PARTS:
+        return f"need bfloat16, float16 or float32, got {str(dtype).removeprefix('torch.')}; use another dtype"
     if max(widths) > LARGEST_HEAD or min(widths) < 1:
         return f"need head dimensions of at most {LARGEST_HEAD}, got {max(widths)}"
-    most = min(LARGEST_BLOCK[query.element_size()] // row_bytes(query, value), MOST_KEYS)
+    most = min(LARGEST_BLOCK[dtype.itemsize] // row_bytes(widths, dtype.itemsize), MOST_KEYS)
     if settings.block_size > most:
         return f"need blocks of at most {most} tokens of this width and dtype, got {settings.block_size}"
     if groups > LARGEST_GROUP:
@@ -90,8 +93,7 @@ def attention_triton(
     return _attend(query, key, value, layout, scaling, *sizes)[0]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
-def _attend(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -147,13 +149,7 @@ def _empty_outputs(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tupl
     return output, lse, query.new_empty((key.shape[1], batch * length, topk), dtype=torch.int32)
 
 
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, layout: Any, scaling: Any, block_size: Any, topk: int, *_: Any) -> Any:
-    return _empty_outputs(query, key, value, topk)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
-def _attend_backward(
+def _backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -183,20 +179,4 @@ def _attend_backward(
         return result[0], result[1], result[2]
 
 
-@_attend_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, value, layout, *numbers = inputs
-    ctx.save_for_backward(query, key, value, *output, layout)
-    ctx.numbers = numbers
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    grads = _attend_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, *[None] * (1 + len(ctx.numbers)))
-
-
-_attend.register_autograd(_differentiate, setup_context=_save_for_backward)
+_attend, _attend_backward = register_attention_op(__name__, _forward, _backward, _empty_outputs)

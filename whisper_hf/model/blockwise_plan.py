@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The plan of [`attention_blockwise`]: where content, blocks and queries of a batch lie, and who chooses which block.
+"""Plan a batch for [`attention_blockwise`]: where its content, blocks and queries lie, and which queries meet a block.
 
 The shape legend is that of `sparse_selection.py`, and per batch row: `M` content tokens, `N` blocks of them, `Q`
 queries that see any of them.
@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from .configuration_whisper_lm import SparseAttentionConfig
-from .sparse_selection import block_scores, query_slots, top_recent
+from .sparse_selection import query_slots
 
 QUERIES_PER_TILE = 1024  # handled at once: their rows and logits stay in a core's cache
-QUERIES_PER_CHOICE = 256  # fewer, since each head of a group has a row for every block
 
 
 @dataclass(frozen=True)
@@ -103,61 +102,6 @@ def _plan_row(document: Tensor | None, slots: Tensor, key_length: int, block_siz
     band = first // block_size if is_band else None
     first_block = first_of_document[last_key]
     return RowPlan(keys, queries, last_key, query_block, first_block, key_bounds, bounds.tolist(), documents, band)
-
-
-def choose_blocks(query: Tensor, key: Tensor, plan: RowPlan, settings: SparseAttentionConfig) -> Tensor:
-    """Choose the best-scoring candidate blocks of every query of one row and key head, a tile of queries at a time.
-
-    Args:
-        query (`[Q, G, D]`, float32): queries of the group.
-        key (`[M, D]`, float32): content keys.
-        plan, settings: of the row.
-
-    Returns:
-        `[Q, topk_blocks]`, int32: blocks in no particular order; `N` where there are fewer candidates.
-    """
-    num_queries, num_blocks, topk = len(query), len(plan.key_bounds) - 1, settings.topk_blocks
-    chosen = torch.full((num_queries, topk), num_blocks, dtype=torch.int32, device=key.device)
-    if not topk or not num_blocks:
-        return chosen
-    means = _block_means(key, plan, settings.block_size)
-    first = plan.first_block + settings.sink_blocks
-    last = plan.query_block - settings.local_blocks
-    for start in range(0, num_queries, QUERIES_PER_CHOICE):
-        tile = slice(start, min(start + QUERIES_PER_CHOICE, num_queries))
-        if int((last - first)[tile].max()) < 0:
-            continue
-        low, high = int(plan.first_block[tile].min()), int(plan.query_block[tile].max())
-        products = (query[tile].flatten(0, 1) @ means[low:high].T).view(-1, query.shape[1], high - low)
-        _exclude(products, plan.first_block[tile, None], plan.query_block[tile, None] - 1, low)
-        scores = block_scores(products)
-        _exclude(scores, first[tile], last[tile], low)
-        best = top_recent(scores, topk)
-        found = scores.gather(1, best) > float("-inf")
-        chosen[tile, : best.shape[1]] = torch.where(found, best + low, num_blocks).int()
-    return chosen
-
-
-def _exclude(scores: Tensor, first: Tensor, last: Tensor, low: int) -> None:
-    """Set to minus infinity, in place, the scores `[..., n]` of blocks `low`, … outside `first` to `last` (`[...]`)."""
-    block = torch.arange(low, low + scores.shape[-1], device=scores.device)
-    every = max(int(first.max()) - low, 0), max(int(last.min()) + 1 - low, 0)  # what is inside for all
-    for columns in (slice(0, every[0]), slice(every[1], None)):
-        excluded = (block[columns] < first[..., None]) | (block[columns] > last[..., None])
-        scores[..., columns].masked_fill_(excluded, float("-inf"))
-
-
-def _block_means(key: Tensor, plan: RowPlan, block_size: int) -> Tensor:
-    """Return `[N, D]`; the means of incomplete blocks, which are never candidates, are of no use."""
-    bounds = plan.key_bounds
-    num_complete = len(key) // block_size
-    if bounds[num_complete] == num_complete * block_size:  # one document
-        means = key.new_zeros(len(bounds) - 1, key.shape[1])
-        means[:num_complete] = key[: num_complete * block_size].unflatten(0, (-1, block_size)).mean(1)
-        return means
-    lengths = torch.tensor(bounds, device=key.device).diff()
-    block = torch.repeat_interleave(torch.arange(len(lengths), device=key.device), lengths)
-    return key.new_zeros(len(lengths), key.shape[1]).index_add_(0, block, key) / block_size
 
 
 def attending_tiles(

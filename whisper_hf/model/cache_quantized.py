@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .cache import DynamicMaskedSparseLayer
-from .int8_rows import pack, unpack
+from .int8_rows import dequantize_rows, quantize_rows
 
 
 class QuantizedMaskedSparseLayer(DynamicMaskedSparseLayer):
@@ -51,16 +51,16 @@ class QuantizedMaskedSparseLayer(DynamicMaskedSparseLayer):
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise ValueError("a quantized cache has no gradient, got keys that need one; use torch.no_grad()")
         seen = self.get_seq_length()
-        super().update(pack(key_states), pack(value_states), layout=layout, block_size=block_size)
+        super().update(quantize_rows(key_states), quantize_rows(value_states), layout=layout, block_size=block_size)
         if not seen:
             return key_states, value_states
         if block_size is None:
-            return unpack(self.keys, key_states.dtype), unpack(self.values, value_states.dtype)
+            return dequantize_rows(self.keys, key_states.dtype), dequantize_rows(self.values, value_states.dtype)
         return self.keys, self.values
 
     @staticmethod
     def _read(keys: Tensor) -> Tensor:
-        return unpack(keys)
+        return dequantize_rows(keys)
 
 
 class QuantizedSparseCache(Cache):

@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Keys and values in 8 bits: each head of each token is a row of `D` integers and one scale, symmetric.
+"""Quantize keys and values to 8 bits: each row, a head of a token, becomes `D` integers and one scale.
 
-They are packed into `D + 2` bytes, so that all that a cache does with rows (append, crop, reorder, select) and all that
-decoding does (gather) needs no second tensor.
+The scale is stored in the last two bytes of its row, so that a quantized row has `D + 2` bytes and needs no second
+tensor: what a cache does with rows (append, crop, reorder, select) and what decoding does with them (gather) stay as
+they are.
 """
 
 import torch
@@ -22,26 +23,38 @@ from torch import Tensor
 
 SCALE_BYTES = 2
 LARGEST = 127
-SMALLEST = 1e-38  # scale of a row of zeros
+SMALLEST = 1e-38  # stands in for the scale of a row of zeros in the division
 
 
-def pack(states: Tensor) -> Tensor:
-    """Quantize `[..., D]`, any float dtype, to `[..., D + 2]` int8: rounded quotients by a bfloat16 scale, and that."""
+def quantize_rows(states: Tensor) -> Tensor:
+    """Quantize rows of floats to int8, symmetrically, with one bfloat16 scale per row.
+
+    `scale = max |x| / 127`, rounded up to bfloat16 so that no quotient exceeds 127, and `q = round(x / scale)`.
+
+    Args:
+        states (`[..., D]`, any float): rows.
+
+    Returns:
+        `[..., D + 2]`, int8: the quotients, then the two bytes of the scale.
+    """
     states = states.float()
     scale = states.abs().amax(-1, keepdim=True) / LARGEST
-    scale = (scale * (1 + 2**-8)).bfloat16()  # never rounded down, which would cut off the largest
+    scale = (scale * (1 + 2**-8)).bfloat16()
     quotients = (states / scale.float().clamp(min=SMALLEST)).round()
     return torch.cat([quotients.to(torch.int8), scale.view(torch.int8)], dim=-1)
 
 
-def unpack(states: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return what was packed, `[..., D]`; tensors that are not packed as they are."""
-    if not is_packed(states):
+def dequantize_rows(states: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the floats of quantized rows, and any other tensor unchanged.
+
+    Args:
+        states (`[..., D + 2]`, int8, or any other tensor): what [`quantize_rows`] returned.
+        dtype (`torch.dtype`): of the result; it is not applied to a tensor that was not quantized.
+
+    Returns:
+        `[..., D]` in `dtype`.
+    """
+    if states.dtype != torch.int8:
         return states
     scale = states[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16)
     return (states[..., :-SCALE_BYTES].float() * scale.float()).to(dtype)
-
-
-def is_packed(states: Tensor) -> bool:
-    """Tell packed keys or values from plain ones."""
-    return states.dtype == torch.int8

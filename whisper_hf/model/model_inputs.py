@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .repetition_loss import IGNORED
-
 logger = logging.get_logger(__name__)
 
 
@@ -70,19 +68,3 @@ def warn_beyond(positions: int, seen_tokens: Any, length: int) -> None:
         f"a sequence of {seen_tokens + length} tokens is longer than max_position_embeddings={positions}, for which "
         "the model was made: expect worse predictions; cut it, or set rope_parameters for more (such as yarn)"
     )
-
-
-def items_in_batch(labels: Tensor, num_items_in_batch: Tensor | int | None, shift_labels: Tensor | None) -> Any:
-    """Return what the sum of losses is divided by: at least 1, so that nothing to learn is a loss of 0 and not NaN.
-
-    Args:
-        labels (`[B, T]`, int64): -100 does not count, nor does the first of a row.
-        num_items_in_batch: what the caller divides by, if it is given.
-        shift_labels (`[B, T]`, *optional*): labels that are shifted already, in the place of `labels`.
-    """
-    if isinstance(num_items_in_batch, int):
-        return max(num_items_in_batch, 1)
-    if num_items_in_batch is None:
-        targets = labels[..., 1:] if shift_labels is None else shift_labels
-        num_items_in_batch = (targets != IGNORED).sum()
-    return num_items_in_batch.clamp(min=1)

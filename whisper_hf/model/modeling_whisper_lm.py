@@ -42,7 +42,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import MASKED_SPARSE, cache_kwargs, explicit_mask, layout_from_inputs, refuse_unsupported
+from .attention import MASKED_SPARSE, cache_kwargs, refuse_unsupported
+from .attention_masks import explicit_mask, layout_from_inputs
 from .attention_reference import eager_attention_forward
 from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
 from .cache_quantized import QuantizedSparseCache
@@ -53,9 +54,10 @@ from .configuration_whisper_lm import (
     SparseAttentionConfig,
     WhisperLMConfig,
 )
-from .int8_rows import unpack
-from .model_inputs import embed, items_in_batch, refuse_empty, warn_beyond, without_padding
-from .pretrained_base import ENGINES, EXPLICIT_MASKS, CheckedPreTrainedModel
+from .int8_rows import dequantize_rows
+from .labels import items_in_batch
+from .model_inputs import embed, refuse_empty, warn_beyond, without_padding
+from .pretrained_base import ENGINES, CheckedPreTrainedModel
 from .repetition_loss import use_diversity
 
 INT8_CACHE = {"backend": "int8"}  # our own quantized cache, in terms of generate's `cache_config`
@@ -190,8 +192,9 @@ class WhisperLMAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if implementation in EXPLICIT_MASKS:
-            key, value = unpack(key, query.dtype), unpack(value, query.dtype)
+        if implementation != MASKED_SPARSE:  # which reads quantized rows itself, and only those that it attends to
+            key, value = dequantize_rows(key, query.dtype), dequantize_rows(value, query.dtype)
+        if implementation == "sdpa":
             attention_mask = explicit_mask(query, key, attention_mask, sparse_attention)
         output, weights = attention_interface(
             self,

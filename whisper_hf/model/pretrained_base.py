@@ -30,8 +30,7 @@ from .attention import MASKED_SPARSE
 from .checkpoint_integrity import CHECKSUMS, load_intact, weight_shapes, write_checksums
 from .configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 
-EXPLICIT_MASKS = ("sdpa", "eager")
-ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, *EXPLICIT_MASKS)
+ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
 ENGINES = ("vllm",)  # register an attention of their own, which is dense and keeps keys, and sequences apart, by itself
 # every process computes all heads where processes cannot share them evenly; the weights are shared all the same
 UNEVEN_HEADS_TP_PLAN = {

@@ -26,10 +26,10 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_whisper_lm import DiversityConfig
+from .labels import IGNORED, shift
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100  # label of tokens that do not count
 NONE = -1  # in place of a candidate
 
 
@@ -71,11 +71,6 @@ def repeating_tokens(
         is_new = (found[here, : back - 1] != candidate[:, None]).all(1) & (candidate != target[here])
         found[here, back - 1] = torch.where(continues & (candidate >= 0) & is_new, candidate, NONE)
     return found.view(*input_ids.shape, most)
-
-
-def shift(labels: Tensor) -> Tensor:
-    """Move labels (`[B, T]`) to the positions that predict them."""
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def contrast_loss(logits: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,9 @@ written slots. `None` stands for one document without hidden tokens. A layout ha
 passes four-dimensional masks on untouched, and one row because nothing about it is quadratic.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
@@ -102,6 +105,23 @@ def content_order(layout: Tensor, last: Tensor, key_length: int) -> tuple[Tensor
     return slot_of[:, :-1], visible
 
 
+def candidate_range(first_block: Any, current_block: Any, settings: SparseAttentionConfig) -> tuple[Any, Any]:
+    """Return the blocks among which a query may choose: those after the sinks and before its local blocks.
+
+    `begin = first_block + sink_blocks` and `end = current_block - local_blocks + 1`; block `b` is a candidate if
+    `begin <= b < end`. Every candidate is complete. The Triton kernels repeat these two lines and name this function.
+
+    Args:
+        first_block (`int` or int tensor): number of the first block of the query's document.
+        current_block (`int` or int tensor): number of the block of the last key that the query sees.
+        settings (`SparseAttentionConfig`): the budget.
+
+    Returns:
+        `begin` and `end`, like the arguments.
+    """
+    return first_block + settings.sink_blocks, current_block - settings.local_blocks + 1
+
+
 @torch.no_grad()
 def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseAttentionConfig) -> Tensor:
     """Restrict a causal mask to the sink, local and best-scoring blocks of each query.
@@ -119,7 +139,7 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
     Returns:
         `[B, K, T, S]`, bool: `True` where the query attends.
     """
-    num_blocks = -(-key.shape[2] // settings.block_size)
+    num_blocks = math.ceil(key.shape[2] / settings.block_size)
     position = (visible.cumsum(-1) - 1).clamp(min=0)
     block_of_key = position // settings.block_size  # [B, 1, T, S]
     current = block_of_key[..., -1:]
@@ -132,10 +152,11 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
     sums = sums.scatter_add(-1, block_of_key[:, :, None].expand_as(products), products)
 
     block = torch.arange(num_blocks, device=key.device)
-    fixed = (block < settings.sink_blocks) | (block > current - settings.local_blocks)
-    past = block < current
-    scores = block_scores((sums / settings.block_size).transpose(2, 3), past)
-    chosen = fixed | top_blocks(scores, past & ~fixed, settings.topk_blocks)
+    begin, end = candidate_range(0, current, settings)
+    is_candidate = (block >= begin) & (block < end)
+    is_fixed = (block < begin) | (block >= end)
+    scores = block_scores((sums / settings.block_size).transpose(2, 3), past=block < current)
+    chosen = is_fixed | top_blocks(scores, is_candidate, settings.topk_blocks)
     return chosen.gather(-1, block_of_key.expand(*chosen.shape[:3], -1)) & visible
 
 

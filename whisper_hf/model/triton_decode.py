@@ -22,7 +22,6 @@ what a matrix product asks for.
 """
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 from .attention_gathered import mean_blocks
+from .attention_operator import operator_namespace
 from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import content_order, query_slots
 from .triton_optional import VARYING, contiguous_rows, power_of_two, tl, triton
@@ -40,7 +40,6 @@ from .triton_tiling import SMALLEST
 BLOCKS_PER_STEP = 64
 MOST_SPLITS = 16  # of the past
 PROGRAMS = 512  # enough to keep a large GPU busy: above, a program attends to several blocks
-NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 @triton.jit
@@ -233,7 +232,7 @@ def _content(layout: Tensor) -> tuple[Tensor, Tensor]:
     return slot_of.int(), visible.sum(1).int()
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=())
+@torch.library.custom_op(f"{operator_namespace(__name__)}::decode", mutates_args=())
 def _decode(
     query: Tensor,
     key: Tensor,

@@ -54,15 +54,15 @@ class Tiling:
     constants: dict[str, Any]
 
 
-def row_bytes(query: Tensor, value: Tensor) -> int:
-    """Return the bytes of the wider of a query's and a value's row, padded."""
-    return power_of_two(max(query.shape[3], value.shape[3], SMALLEST)) * query.element_size()
+def row_bytes(widths: tuple[int, int], itemsize: int) -> int:
+    """Return the bytes of the wider of a query's row and a value's row, padded to a power of two."""
+    return power_of_two(max(*widths, SMALLEST)) * itemsize
 
 
 def tiling_for(query: Tensor, key: Tensor, value: Tensor, settings: SparseAttentionConfig) -> Tiling:
     """Return the sizes for queries `[B, H, T, D]`, keys `[B, K, S, D]` and values `[B, K, S, E]` of one dtype."""
-    share = max(row_bytes(query, value) // NARROW, 1)
     groups, width, value_width = query.shape[1] // key.shape[1], query.shape[3], value.shape[3]
+    share = max(row_bytes((width, value_width), query.element_size()) // NARROW, 1)
     padded = power_of_two(groups)
     constants = {
         "G": groups,

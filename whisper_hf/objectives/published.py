@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from ..model.repetition_loss import IGNORED, NONE, contrast
+from ..model.labels import IGNORED
+from ..model.repetition_loss import NONE, contrast
 from .divergences import LOWEST_LOG, wide
 
 

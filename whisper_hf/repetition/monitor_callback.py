@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..model.repetition_loss import IGNORED
+from ..model.labels import IGNORED
 from ..training.generation import end_tokens, writing
 from .metrics import distinct, looping_share, sequence_repetition
 

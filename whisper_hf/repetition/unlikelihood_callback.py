@@ -15,7 +15,8 @@ from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..model.repetition_loss import IGNORED, without_adapter
+from ..model.labels import IGNORED, documents_from_positions
+from ..model.repetition_loss import without_adapter
 from ..objectives.published import repeated_ngrams, sequence_unlikelihood
 from ..training.generation import continue_prompts
 from .metrics import sequence_repetition
@@ -195,10 +196,7 @@ def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
 
 def documents_of(ids: Tensor, shown: Tensor, position_ids: Tensor | None) -> Tensor:
     """Number the documents of each row, `[B, T]`; hidden tokens belong to none."""
-    documents = torch.zeros_like(ids)
-    if position_ids is not None:
-        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        documents[:, 1:] = restarts.cumsum(1)
+    documents = torch.zeros_like(ids) if position_ids is None else documents_from_positions(position_ids)
     return documents.masked_fill(shown == 0, -1)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..model.repetition_loss import IGNORED, without_adapter
+from ..model.labels import IGNORED
+from ..model.repetition_loss import without_adapter
 
 
 @contextmanager

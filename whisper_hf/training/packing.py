@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..model.repetition_loss import IGNORED
+from ..model.labels import IGNORED
 
 Row = dict[str, Tensor]
 
