@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from ..model.labels import IGNORED
+from ..training.seeds import step_seed
 
 
 def is_on_policy_step(fraction: float, seed: int, step: int) -> bool:
     """Decide about an optimizer step: the same on every process, whatever the accumulation, also after resuming."""
     if not 0 < fraction < 1:
         return fraction >= 1
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(step_seed(seed, step))
     return torch.rand((), generator=generator).item() < fraction
 
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..repetition.unlikelihood_callback import SequenceUnlikelihoodCallback
 from ..training.finite_gradients import FiniteGradientsCallback
 from ..training.generation import continue_prompts
+from ..training.seeds import step_seed
 from .config import DistillationConfig
 from .forward import ON_POLICY, Batch, BatchLosses, DistillationForward
 from .head_replacement import HeadReplacement
@@ -191,9 +192,7 @@ class DistillationTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and is_on_policy_step(self.args.on_policy_fraction, self.args.seed, self.state.global_step):
             with torch.random.fork_rng():  # what is sampled depends on the step alone, so resuming changes nothing
-                torch.manual_seed(
-                    (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
-                )
+                torch.manual_seed(step_seed(self.args.seed, self.state.global_step, self.args.process_index))
                 batches = [self._write_batch(batch) for batch in batches]
             count = self._get_num_items_in_batch(batches, device)
         if count is not None and not count:

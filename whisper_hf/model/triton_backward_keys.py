@@ -31,7 +31,20 @@ from .configuration_whisper_lm import SparseAttentionConfig
 from .triton_backward_queries import differentiate_queries, sum_products
 from .triton_forward import chunks
 from .triton_optional import VARYING, tl, triton
-from .triton_plan import TritonPlan
+from .triton_plan import (
+    BLOCK_COLUMNS,
+    BLOCK_END,
+    BLOCK_FIRST,
+    BLOCK_FIRST_SLOT,
+    BLOCK_KEY_ROW,
+    BLOCK_NUM_KEYS,
+    BLOCK_QUERY_ROW,
+    ITEM_BLOCK,
+    ITEM_COLUMNS,
+    ITEM_END_QUERY,
+    ITEM_FIRST_QUERY,
+    TritonPlan,
+)
 from .triton_tiling import Tiling
 
 
@@ -98,9 +111,10 @@ def _load_block(
 ):  # fmt: skip
     """Load the keys and values of a block, transposed; zeros where it is incomplete."""
     head, dim, value_dim = tl.program_id(1).to(tl.int64), tl.arange(0, DP), tl.arange(0, EP)
-    key_row = tl.load(blocks + block * 6).to(tl.int64)
-    slot = tl.load(blocks + block * 6 + 1).to(tl.int64) + tl.arange(0, C)
-    is_key = tl.arange(0, C) < tl.load(blocks + block * 6 + 2)
+    of_block = blocks + block * BLOCK_COLUMNS
+    key_row = tl.load(of_block + BLOCK_KEY_ROW).to(tl.int64)
+    slot = tl.load(of_block + BLOCK_FIRST_SLOT).to(tl.int64) + tl.arange(0, C)
+    is_key = tl.arange(0, C) < tl.load(of_block + BLOCK_NUM_KEYS)
     key += key_row * key_stride_b + head * key_stride_h
     value += key_row * value_stride_b + head * value_stride_h
     key_mask, value_mask = is_key[None, :] & (dim[:, None] < D), is_key[None, :] & (value_dim[:, None] < E)
@@ -126,7 +140,7 @@ def _pairs_grad_kernel(
         key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h,
         value_stride_s, D, DP, E, EP, C,
     )  # fmt: skip
-    query_row = tl.load(blocks + block * 6 + 3)
+    query_row = tl.load(blocks + block * BLOCK_COLUMNS + BLOCK_QUERY_ROW)
     row, dim, value_dim = tl.arange(0, TOKENS * GP), tl.arange(0, DP), tl.arange(0, EP)
     group = row % GP
     q_head = (head * G + group).to(tl.int64)
@@ -164,16 +178,19 @@ def _sink_kernel(
 ):  # fmt: skip
     """Write the share of a sink block's gradients that some far queries give; a program per item and key head."""
     item, head = tl.program_id(0), tl.program_id(1)
-    block, begin = tl.load(items + item * 3), tl.load(items + item * 3 + 1)
-    end = tl.load(items + item * 3 + 2)
+    of_item = items + item * ITEM_COLUMNS
+    block = tl.load(of_item + ITEM_BLOCK)
+    begin = tl.load(of_item + ITEM_FIRST_QUERY)
+    end = tl.load(of_item + ITEM_END_QUERY)
     keys, values = _load_block(
         key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h,
         value_stride_s, D, DP, E, EP, C,
     )  # fmt: skip
-    position = (block - tl.load(blocks + block * 6 + 4)) * C + tl.arange(0, C)
+    of_block = blocks + block * BLOCK_COLUMNS
+    position = (block - tl.load(of_block + BLOCK_FIRST)) * C + tl.arange(0, C)
     key_grad, value_grad = tl.zeros([C, DP], dtype=tl.float32), tl.zeros([C, EP], dtype=tl.float32)
     key_grad, value_grad = _add_range(
-        query, grad, lse, delta, last, begin, end, tl.load(blocks + block * 6 + 3), position, keys, values, scaling,
+        query, grad, lse, delta, last, begin, end, tl.load(of_block + BLOCK_QUERY_ROW), position, keys, values, scaling,
         key_grad, value_grad, query_stride_b, query_stride_h, query_stride_t, grad_stride_b, grad_stride_h,
         grad_stride_t, num_tokens, G, GP, D, DP, E, EP, TOKENS,
     )  # fmt: skip
@@ -199,7 +216,8 @@ def _blocks_kernel(
         value_stride_s, D, DP, E, EP, C,
     )  # fmt: skip
     offset, dim, value_dim = tl.arange(0, C)[:, None], tl.arange(0, DP)[None, :], tl.arange(0, EP)[None, :]
-    is_key = offset < tl.load(blocks + block * 6 + 2)
+    of_block = blocks + block * BLOCK_COLUMNS
+    is_key = offset < tl.load(of_block + BLOCK_NUM_KEYS)
     key_mask, value_mask = is_key & (dim < D), is_key & (value_dim < E)
     key_grad, value_grad = tl.zeros([C, DP], dtype=tl.float32), tl.zeros([C, EP], dtype=tl.float32)
     if HAS_SUMS:
@@ -211,16 +229,16 @@ def _blocks_kernel(
         key_grad += tl.load(key_shares + at * D + dim, mask=key_mask, other=0.0)
         value_grad += tl.load(value_shares + at * E + value_dim, mask=value_mask, other=0.0)
 
-    end = tl.minimum(block + local_blocks, tl.load(blocks + block * 6 + 5))
-    position = (block - tl.load(blocks + block * 6 + 4)) * C + tl.arange(0, C)
+    end = tl.minimum(block + local_blocks, tl.load(of_block + BLOCK_END))
+    position = (block - tl.load(of_block + BLOCK_FIRST)) * C + tl.arange(0, C)
     key_grad, value_grad = _add_range(
         query, grad, lse, delta, last, tl.load(query_start + block), tl.load(query_start + end),
-        tl.load(blocks + block * 6 + 3), position, keys, values, scaling, key_grad, value_grad,
+        tl.load(of_block + BLOCK_QUERY_ROW), position, keys, values, scaling, key_grad, value_grad,
         query_stride_b, query_stride_h, query_stride_t, grad_stride_b, grad_stride_h, grad_stride_t, num_tokens,
         G, GP, D, DP, E, EP, TOKENS,
     )  # fmt: skip
-    key_row = tl.load(blocks + block * 6).to(tl.int64)
-    slot = tl.load(blocks + block * 6 + 1).to(tl.int64) + offset
+    key_row = tl.load(of_block + BLOCK_KEY_ROW).to(tl.int64)
+    slot = tl.load(of_block + BLOCK_FIRST_SLOT).to(tl.int64) + offset
     key_out += key_row * key_out_stride_b + head.to(tl.int64) * key_out_stride_h + slot * key_out_stride_s
     value_out += key_row * value_out_stride_b + head.to(tl.int64) * value_out_stride_h + slot * value_out_stride_s
     tl.store(key_out + dim, (key_grad * factor).to(key_out.dtype.element_ty), mask=key_mask)

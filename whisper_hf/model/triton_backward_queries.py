@@ -24,7 +24,15 @@ from torch import Tensor
 from .configuration_whisper_lm import SparseAttentionConfig
 from .triton_forward import Chunk, band_of
 from .triton_optional import VARYING, tl, triton
-from .triton_plan import TritonPlan
+from .triton_plan import (
+    TILE_COLUMNS,
+    TILE_FIRST_SLOT,
+    TILE_FIRST_TOKEN,
+    TILE_KEY_ROW,
+    TILE_NUM_TOKENS,
+    TILE_QUERY_ROW,
+    TritonPlan,
+)
 from .triton_tiling import Tiling
 
 
@@ -38,9 +46,10 @@ def _sum_products_kernel(
     tile, head = tl.program_id(0), tl.program_id(1)
     row, dim = tl.arange(0, TOKENS * GP), tl.arange(0, EP)[None, :]
     group = row % GP
-    is_row = (row // GP < tl.load(tiles + tile * 6 + 2)) & (group < G)
-    query_row = tl.load(tiles + tile * 6).to(tl.int64)
-    token = (tl.load(tiles + tile * 6 + 1) + row // GP).to(tl.int64)
+    of_tile = tiles + tile * TILE_COLUMNS
+    is_row = (row // GP < tl.load(of_tile + TILE_NUM_TOKENS)) & (group < G)
+    query_row = tl.load(of_tile + TILE_QUERY_ROW).to(tl.int64)
+    token = (tl.load(of_tile + TILE_FIRST_TOKEN) + row // GP).to(tl.int64)
     q_head = (head * G + group).to(tl.int64)
     mask = is_row[:, None] & (dim < E)
     grad_at = query_row * grad_stride_b + q_head * grad_stride_h + token * grad_stride_t
@@ -87,9 +96,12 @@ def _queries_kernel(
 ):  # fmt: skip
     """Write the gradient of a tile of queries: through sinks and local blocks, and as summed by pair."""
     tile, head = first_tile + tl.program_id(0), tl.program_id(1)
-    query_row, first = tl.load(tiles + tile * 6), tl.load(tiles + tile * 6 + 1)
-    count, key_row = tl.load(tiles + tile * 6 + 2), tl.load(tiles + tile * 6 + 3).to(tl.int64)
-    slot = tl.load(tiles + tile * 6 + 4).to(tl.int64)
+    of_tile = tiles + tile * TILE_COLUMNS
+    query_row = tl.load(of_tile + TILE_QUERY_ROW)
+    first = tl.load(of_tile + TILE_FIRST_TOKEN)
+    count = tl.load(of_tile + TILE_NUM_TOKENS)
+    key_row = tl.load(of_tile + TILE_KEY_ROW).to(tl.int64)
+    slot = tl.load(of_tile + TILE_FIRST_SLOT).to(tl.int64)
     row, dim, value_dim = tl.arange(0, TOKENS * GP), tl.arange(0, DP)[None, :], tl.arange(0, EP)[None, :]
     group = row % GP
     is_token, is_row = row // GP < count, (row // GP < count) & (group < G)

@@ -94,6 +94,7 @@ def _best_kernel(
     """Write a split's best candidates, packed."""
     LOWEST: tl.constexpr = -(2**63)
     current, _, begin, end = _range_of_split(lengths, num_keys, split_blocks, K, C, HAS_LAYOUT)
+    # the split's candidates, by `candidate_range` of sparse_selection.py: its first block is 0
     begin, end = tl.maximum(begin, sink_blocks), tl.minimum(end, current - local_blocks + 1)
     group, split = tl.arange(0, GP), tl.arange(0, SPLITS)
     at = (tl.program_id(0) * tl.num_programs(1) + split[None, :]) * G + group[:, None]

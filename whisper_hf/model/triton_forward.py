@@ -32,7 +32,19 @@ from torch import Tensor
 from .configuration_whisper_lm import SparseAttentionConfig
 from .triton_choosers import list_choosers
 from .triton_optional import VARYING, tl, triton
-from .triton_plan import TritonPlan
+from .triton_plan import (
+    BLOCK_COLUMNS,
+    BLOCK_FIRST_SLOT,
+    BLOCK_KEY_ROW,
+    BLOCK_QUERY_ROW,
+    TILE_COLUMNS,
+    TILE_FIRST_SLOT,
+    TILE_FIRST_TOKEN,
+    TILE_KEY_ROW,
+    TILE_NUM_TOKENS,
+    TILE_QUERY_ROW,
+    TritonPlan,
+)
 from .triton_tiling import Tiling
 
 PARTIAL_BYTES = 2**27  # of the partial outputs of a chunk, or, where that is more:
@@ -86,9 +98,10 @@ def _pairs_kernel(
     begin, end = tl.load(starts + list_number), tl.load(starts + list_number + 1)
     if begin == end:
         return
-    key_row = tl.load(blocks + block * 6).to(tl.int64)
-    slot = tl.load(blocks + block * 6 + 1).to(tl.int64) + tl.arange(0, C)
-    query_row = tl.load(blocks + block * 6 + 3)
+    of_block = blocks + block * BLOCK_COLUMNS
+    key_row = tl.load(of_block + BLOCK_KEY_ROW).to(tl.int64)
+    slot = tl.load(of_block + BLOCK_FIRST_SLOT).to(tl.int64) + tl.arange(0, C)
+    query_row = tl.load(of_block + BLOCK_QUERY_ROW)
     dim, value_dim = tl.arange(0, DP), tl.arange(0, EP)
     key += key_row * key_stride_b + head.to(tl.int64) * key_stride_h
     value += key_row * value_stride_b + head.to(tl.int64) * value_stride_h
@@ -178,9 +191,12 @@ def _band_kernel(
 ):  # fmt: skip
     """Attend to sinks and local blocks and merge partial outputs; a program per tile and key head."""
     tile, head = first_tile + tl.program_id(0), tl.program_id(1)
-    query_row, first = tl.load(tiles + tile * 6), tl.load(tiles + tile * 6 + 1)
-    count, key_row = tl.load(tiles + tile * 6 + 2), tl.load(tiles + tile * 6 + 3).to(tl.int64)
-    slot = tl.load(tiles + tile * 6 + 4).to(tl.int64)
+    of_tile = tiles + tile * TILE_COLUMNS
+    query_row = tl.load(of_tile + TILE_QUERY_ROW)
+    first = tl.load(of_tile + TILE_FIRST_TOKEN)
+    count = tl.load(of_tile + TILE_NUM_TOKENS)
+    key_row = tl.load(of_tile + TILE_KEY_ROW).to(tl.int64)
+    slot = tl.load(of_tile + TILE_FIRST_SLOT).to(tl.int64)
     row, dim, value_dim = tl.arange(0, TOKENS * GP), tl.arange(0, DP), tl.arange(0, EP)
     token, group = row // GP, row % GP
     is_token, is_row = token < count, (token < count) & (group < G)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Triton where it is installed, and what lets the kernels' files be imported where it is not."""
+"""Import Triton where it is installed, and stand-ins that let the kernels' files be imported where it is not."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,9 @@ try:
     import triton.language as tl
 except ImportError:
     triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda function: function))
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=lambda value: value)
 
-VARYING = [  # from call to call: kernels are not compiled anew for round ones
+VARYING = [  # arguments that vary from call to call: kernels are not compiled again for values that 16 divides
     *("num_tokens", "num_queries", "num_keys", "num_blocks", "num_pairs", "num_parts", "num_splits"),
     *("first_tile", "first_query", "end_query", "num_runs", "split_blocks"),
 ]
@@ -35,8 +35,13 @@ def _probe() -> None:
     pass
 
 
-# by Triton's interpreter, on any device: TRITON_INTERPRET was 1 when this was imported
+# whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET was 1 when this file was imported
 IS_INTERPRETED = HAS_TRITON and not isinstance(_probe, triton.JITFunction)
+
+
+def ceil_divide(number: Any, divisor: int) -> Any:
+    """Divide an `int` or an int tensor by a positive number, and round up."""
+    return (number + divisor - 1) // divisor
 
 
 def power_of_two(number: int) -> int:

@@ -29,8 +29,31 @@ from torch import Tensor
 
 from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import query_slots
+from .triton_optional import ceil_divide, tl
 
 QUERIES_PER_ITEM = 1024  # queries that one program takes towards the gradient of a sink block
+
+# columns of the plan's tables, in the order in which the tables are stacked below
+BLOCK_COLUMNS = tl.constexpr(6)
+BLOCK_KEY_ROW = tl.constexpr(0)
+BLOCK_FIRST_SLOT = tl.constexpr(1)
+BLOCK_NUM_KEYS = tl.constexpr(2)
+BLOCK_QUERY_ROW = tl.constexpr(3)
+BLOCK_FIRST = tl.constexpr(4)  # number of the first block of its document
+BLOCK_END = tl.constexpr(5)  # and one past the last
+
+TILE_COLUMNS = tl.constexpr(6)
+TILE_QUERY_ROW = tl.constexpr(0)
+TILE_FIRST_TOKEN = tl.constexpr(1)
+TILE_NUM_TOKENS = tl.constexpr(2)
+TILE_KEY_ROW = tl.constexpr(3)
+TILE_FIRST_SLOT = tl.constexpr(4)
+TILE_FIRST_BLOCK = tl.constexpr(5)
+
+ITEM_COLUMNS = tl.constexpr(3)
+ITEM_BLOCK = tl.constexpr(0)
+ITEM_FIRST_QUERY = tl.constexpr(1)
+ITEM_END_QUERY = tl.constexpr(2)
 
 
 @dataclass(frozen=True)
@@ -163,8 +186,9 @@ def _documents(layout: Tensor, shape: Shape) -> _Documents:
 def _plan(
     documents: _Documents, shape: Shape, settings: SparseAttentionConfig, tile_tokens: int, device: torch.device
 ) -> TritonPlan:
-    size, (_, queries, _) = settings.block_size, shape
-    count = -(documents.length // -size)  # of blocks
+    size = settings.block_size
+    _, queries, _ = shape
+    count = ceil_divide(documents.length, size)  # of blocks
     end = count.cumsum(0)
     start = end - count
     block_document = torch.repeat_interleave(count)
@@ -195,7 +219,7 @@ def _plan(
 def _tiles(documents: _Documents, first_block: Tensor, queries: int, tile_tokens: int) -> tuple[Tensor, Tensor]:
     """Cut each document's queries into tiles; return the table and the number of each tile's first query."""
     document, counts = documents.of_query.unique_consecutive(return_counts=True)
-    num_tiles = -(counts // -tile_tokens)
+    num_tiles = ceil_divide(counts, tile_tokens)
     of_tile = torch.repeat_interleave(num_tiles)
     offset = (torch.arange(len(of_tile)) - (num_tiles.cumsum(0) - num_tiles)[of_tile]) * tile_tokens
     first = (counts.cumsum(0) - counts)[of_tile] + offset
@@ -209,10 +233,11 @@ def _tiles(documents: _Documents, first_block: Tensor, queries: int, tile_tokens
 
 def _share_sinks(blocks: Tensor, query_start: Tensor, settings: SparseAttentionConfig) -> tuple[Tensor, Tensor]:
     """Divide the queries that see a sink block from beyond its local ones; return items and each block's first."""
-    block, (first, end) = torch.arange(len(blocks)), blocks[:, 4:].unbind(1)
+    block = torch.arange(len(blocks))
+    first, end = blocks[:, -2:].unbind(1)  # BLOCK_FIRST and BLOCK_END
     begin = query_start[torch.minimum(block + settings.local_blocks, end)]
     stop = torch.where(block - first < settings.sink_blocks, query_start[end], begin)
-    num_items = -((stop - begin) // -QUERIES_PER_ITEM)
+    num_items = ceil_divide(stop - begin, QUERIES_PER_ITEM)
     of_item = torch.repeat_interleave(num_items)
     item_start = torch.nn.functional.pad(num_items.cumsum(0), (1, 0))
     low = begin[of_item] + (torch.arange(len(of_item)) - item_start[of_item]) * QUERIES_PER_ITEM

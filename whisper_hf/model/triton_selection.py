@@ -27,7 +27,18 @@ from torch import Tensor
 
 from .configuration_whisper_lm import SparseAttentionConfig
 from .triton_optional import VARYING, power_of_two, tl, triton
-from .triton_plan import TritonPlan
+from .triton_plan import (
+    BLOCK_COLUMNS,
+    BLOCK_FIRST_SLOT,
+    BLOCK_KEY_ROW,
+    BLOCK_NUM_KEYS,
+    TILE_COLUMNS,
+    TILE_FIRST_BLOCK,
+    TILE_FIRST_TOKEN,
+    TILE_NUM_TOKENS,
+    TILE_QUERY_ROW,
+    TritonPlan,
+)
 from .triton_tiling import Tiling
 
 # number of parts of a mean, and by how much each is scaled up against the one before, to stay clear of underflow
@@ -41,9 +52,10 @@ def _means_kernel(
 ):  # fmt: skip
     """Write the mean of one block's keys in parts; a program per block and key head."""
     block, head = tl.program_id(0), tl.program_id(1)
-    row = tl.load(blocks + block * 6).to(tl.int64)
-    slot = tl.load(blocks + block * 6 + 1).to(tl.int64) + tl.arange(0, C)
-    is_key = tl.arange(0, C) < tl.load(blocks + block * 6 + 2)
+    of_block = blocks + block * BLOCK_COLUMNS
+    row = tl.load(of_block + BLOCK_KEY_ROW).to(tl.int64)
+    slot = tl.load(of_block + BLOCK_FIRST_SLOT).to(tl.int64) + tl.arange(0, C)
+    is_key = tl.arange(0, C) < tl.load(of_block + BLOCK_NUM_KEYS)
     dim = tl.arange(0, DP)
     base = key + row * key_stride_b + head.to(tl.int64) * key_stride_h
     mask = is_key[:, None] & (dim[None, :] < D)
@@ -104,14 +116,19 @@ def _select_kernel(
     """Write the blocks that a tile of queries chooses; a program per tile, the longest past first, and key head."""
     LOWEST: tl.constexpr = -(2**63)
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    query_row, first = tl.load(tiles + tile * 6), tl.load(tiles + tile * 6 + 1)
-    count, first_block = tl.load(tiles + tile * 6 + 2), tl.load(tiles + tile * 6 + 5)
+    of_tile = tiles + tile * TILE_COLUMNS
+    query_row = tl.load(of_tile + TILE_QUERY_ROW)
+    first = tl.load(of_tile + TILE_FIRST_TOKEN)
+    count = tl.load(of_tile + TILE_NUM_TOKENS)
+    first_block = tl.load(of_tile + TILE_FIRST_BLOCK)
     number = query_row * num_tokens + first  # of the first query
 
     token = tl.arange(0, TOKENS)
     position = tl.load(last + number + token, mask=token < count, other=-1)
-    end = first_block + tl.maximum(position, 0) // C - local_blocks + 1  # of the candidates
-    begin, farthest = first_block + sink_blocks, tl.max(end, axis=0)
+    # the candidates, by `candidate_range` of sparse_selection.py
+    begin = first_block + sink_blocks
+    end = first_block + tl.maximum(position, 0) // C - local_blocks + 1
+    farthest = tl.max(end, axis=0)
     rank = tl.arange(0, KP)
     if farthest - begin <= topk:
         picked = tl.where(begin + rank[None, :] < end[:, None], begin + rank[None, :], -1)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..model.labels import IGNORED
 from ..training.generation import end_tokens, writing
+from ..training.seeds import step_seed
 from .metrics import distinct, looping_share, sequence_repetition
 
 logger = logging.get_logger(__name__)
@@ -120,16 +121,16 @@ class DiversityCallback(TrainerCallback):
 
     def _write(self, step: int) -> dict[str, list[list[int]]]:
         """Return the continuations of each kind, each up to its end of text."""
-        model, seed = self._model(), (self.trainer.args.seed * 1_000_003 + step) * 1009
+        model = self._model()
         length, ends = len(self.continuations[0]), end_tokens(model)
         texts = {}
         for kind, decoding in self._decoding.items():
             with _undisturbed(self.trainer, model), writing(model, max_new_tokens=length, **decoding):
-                texts[kind] = self._continue_all(model, seed)
+                texts[kind] = self._continue_all(model, step)
         texts["data"] = self.continuations
         return {kind: [_up_to(ends, ids) for ids in rows] for kind, rows in texts.items()}
 
-    def _continue_all(self, model: Any, seed: int) -> list[list[int]]:
+    def _continue_all(self, model: Any, step: int) -> list[list[int]]:
         """Share the batches among processes; each has its own seed, so any number of processes writes the same."""
         trainer, size = self.trainer, self.batch_size
         batches = [self.prefixes[first : first + size] for first in range(0, len(self.prefixes), size)]
@@ -140,7 +141,7 @@ class DiversityCallback(TrainerCallback):
             # all write equally often, the last batch again if need be: sharded weights are gathered by all together
             number = min(first + trainer.accelerator.process_index % shares, len(batches) - 1)
             prompts = torch.tensor(batches[number], device=trainer.accelerator.device)
-            torch.manual_seed(seed + number)
+            torch.manual_seed(step_seed(trainer.args.seed, step, number))
             rows = model.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),

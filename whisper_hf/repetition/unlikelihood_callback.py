@@ -19,6 +19,7 @@ from ..model.labels import IGNORED, documents_from_positions
 from ..model.repetition_loss import without_adapter
 from ..objectives.published import repeated_ngrams, sequence_unlikelihood
 from ..training.generation import continue_prompts
+from ..training.seeds import step_seed
 from .metrics import sequence_repetition
 
 logger = logging.get_logger(__name__)
@@ -102,7 +103,6 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         for name, value in (saved or {}).get("attributes", {}).items():  # the Trainer restores only on demand
             setattr(self, name, value)
         self._scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        self._seed = args.seed * 1_000_003 + args.process_index * 7_919
         # before FSDP's own hook, which would find itself in the middle of another forward
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
 
@@ -113,7 +113,7 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide whether the first forward of this step is preceded by continuations."""
         self._is_due = state.global_step % self.every == 0
-        self._generator.manual_seed(self._seed + state.global_step * 104_729)
+        self._generator.manual_seed(step_seed(args.seed, state.global_step, args.process_index))
 
     def on_log(
         self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
