@@ -15,7 +15,7 @@
 
 Importing this file registers `masked_sparse` in transformers' attention and mask interfaces, which makes
 `AutoModelForCausalLM.from_pretrained(..., attn_implementation="masked_sparse")` work for any causal language model.
-The shape legend is that of `sparse_selection.py`.
+The shape legend of `sparse_selection.py` applies here.
 """
 
 from collections.abc import Iterator
@@ -82,10 +82,11 @@ def resolve_backend(
 ) -> str:
     """Choose the implementation that computes masked sparse attention of these tensors.
 
-    `"triton"` and `"triton_decode"` (one query, no gradient) are for CUDA devices. In stock operations `"gathered"`
-    reads the attended keys of each query, which is best for few queries, and `"blockwise"` reads each block once for
-    all queries that attend to it. Gathering is chosen for a single query, and for more where it reads at most twice as
-    many keys as there are: measured on a CPU, it is faster up to twice (64k keys) to ten times (4k keys) as many.
+    `"triton"` and `"triton_decode"` (one query, no gradient) are for CUDA devices. Of the two implementations in stock
+    operations, `"gathered"` reads the attended keys of each query, which is best for few queries, and `"blockwise"`
+    reads each block once for all queries that attend to it. Gathering is chosen for a single query. For more queries
+    it is chosen where it reads at most twice as many keys as there are; on a CPU it was measured to be faster up to
+    twice (at 64k keys) to ten times (at 4k keys) as many.
 
     Args:
         query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): floats; keys and values may be quantized
@@ -117,7 +118,7 @@ def resolve_backend(
 
 
 def shared_dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
-    """Return the dtype in which the Triton kernels compute: autocast's where it is on, else the widest of the floats.
+    """Return the dtype in which the Triton kernels compute: autocast's dtype, or else the widest of the floats.
 
     Under autocast, RoPE widens queries and keys to float32; float64 is never narrowed.
     """
@@ -224,21 +225,21 @@ def sparse_attention(
 
 
 def cache_kwargs(attention_mask: Tensor | None, settings: SparseAttentionConfig | None) -> dict[str, Any]:
-    """Return what a cache layer needs to keep block means: layout and block size, unless the mask is not a layout."""
+    """Return the arguments that a cache layer needs to keep block means: none, where the mask is not a layout."""
     if settings is None or (attention_mask is not None and not is_layout(attention_mask)):
         return {}
     return {"layout": attention_mask, "block_size": settings.block_size}
 
 
 def layer_settings(module: nn.Module, kwargs: dict[str, Any]) -> SparseAttentionConfig | None:
-    """Return the budget a layer passes (`None`: dense), or that of its model's config (by default the defaults)."""
+    """Return the budget that a layer passes (`None`: dense), or else the budget in its model's config."""
     if "sparse_attention" in kwargs:
         return kwargs["sparse_attention"]
     return SparseAttentionConfig.from_value(getattr(module.config, "sparse_attention", None))
 
 
 def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raise a `ValueError` for what masked sparse attention cannot honour, with the remedy."""
+    """Raise a `ValueError`, with a remedy, for options that masked sparse attention cannot honour."""
     if kwargs.get("read_index") is not None:
         raise ValueError(
             "masked_sparse attention does not read paged caches (continuous batching), got one in "

@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Describe to masked sparse attention which tokens a batch shows: layouts from a model's inputs, and explicit masks.
+"""Describe which tokens of a batch are visible: make layouts from a model's inputs, and expand them to masks.
 
-A *layout* costs O(S) and keeps the blocks of [`sparse_selection.py`]; a mask costs O(T * S) and is what `sdpa` and the
-reference read. The shape legend is that of `sparse_selection.py`.
+A *layout* takes O(S) memory, and all fast paths read it. A mask takes O(T * S), and `sdpa` and the reference read it.
+The shape legend of `sparse_selection.py` applies here.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Register attention as a custom operator of PyTorch, with its gradient: opaque to `torch.compile`, exportable.
 
-The shape legend is that of `sparse_selection.py`.
+The shape legend of `sparse_selection.py` applies here.
 """
 
 import re

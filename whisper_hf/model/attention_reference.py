@@ -13,16 +13,17 @@
 # limitations under the License.
 """Masked sparse attention computed from its definition: the oracle that every faster path must equal.
 
-For each query head `h` of a group that shares a key head, and each query `t`:
+For each query `t` and each group of query heads `h` that share a key head:
 
-    content    = the visible keys of t's document up to t, numbered 0, 1, 2, ...; block(j) = number of j // block_size
-    e_h(b)     = q_h . mean of the keys of block b                  for the complete blocks b < c, c = block of the last
-    score(b)   = max over h of (e_h(b) - max over b' of e_h(b'))    one score per block for the whole group
-    attended   = the first sink_blocks blocks, the last local_blocks blocks up to c,
-                 and the topk_blocks best-scoring blocks between them (among equals, the later block)
-    output_h   = sum over attended keys j of softmax_j(scaling * q_h . k_j) v_j
+    content   =  the visible keys of t's document up to t, numbered 0, 1, 2, ...
+    block b   =  content b * block_size to (b + 1) * block_size - 1;  c = the block of the last content
+    e_h(b)    =  q_h . mean of the keys of b,  for the complete blocks b < c
+    score(b)  =  max_h (e_h(b) - max_b' e_h(b'))
+    attended  =  the first sink_blocks blocks, the last local_blocks blocks, and between them
+                 the topk_blocks blocks with the highest scores (among equals, the later block)
+    output_h  =  sum over the attended keys j of softmax_j(scaling * q_h . k_j) v_j
 
-The shape legend is that of `sparse_selection.py`.
+The shape legend of `sparse_selection.py` applies here.
 """
 
 from typing import Any

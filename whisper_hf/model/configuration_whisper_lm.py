@@ -43,18 +43,18 @@ FULL_ATTENTION = "full_attention"
 MASKED_SPARSE_ATTENTION = "masked_sparse_attention"
 LAYER_TYPES = (FULL_ATTENTION, MASKED_SPARSE_ATTENTION)
 
-# when it resumes, the Trainer reads a checkpoint's config through the base class, which knows only these names
+# a Trainer that resumes reads a checkpoint's config through the base class, which accepts only the names in this tuple
 if MASKED_SPARSE_ATTENTION not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
     configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (MASKED_SPARSE_ATTENTION,)
 
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """What each token may attend to, in blocks of `block_size` consecutive tokens of its own document.
+    """The budget of masked sparse attention: how many blocks of its own document each token attends to.
 
-    A query in block `c` sees the first `sink_blocks` blocks, the `local_blocks` blocks that end with `c`, and the
-    `topk_blocks` blocks among the remaining past ones whose mean keys fit its query heads best. Sequences of at most
-    `budget_blocks * block_size` tokens are attended densely.
+    A block holds `block_size` consecutive tokens. A query in block `c` attends to the first `sink_blocks` blocks, to
+    the `local_blocks` blocks that end with `c`, and to those `topk_blocks` of the remaining past blocks that have the
+    highest scores. Sequences of at most `budget_blocks * block_size` tokens are attended densely.
 
     Args:
         block_size (`int`, defaults to 32): tokens per block; a power of two, at least 16.
@@ -63,7 +63,7 @@ class SparseAttentionConfig:
         sink_blocks (`int`, defaults to 2): first blocks of the document; at least 0.
 
     Raises:
-        ValueError: a value outside its range, or (`from_value`) an unknown name.
+        ValueError: a value outside its range, or an unknown field name (`from_value`).
     """
 
     block_size: int = 32
@@ -91,16 +91,16 @@ class SparseAttentionConfig:
 
     @property
     def budget_blocks(self) -> int:
-        """Largest number of blocks that one query attends to."""
+        """The largest number of blocks that one query attends to."""
         return self.sink_blocks + self.local_blocks + self.topk_blocks
 
     @property
     def budget_tokens(self) -> int:
-        """Length up to which sequences are attended densely, in tokens."""
+        """The length up to which sequences are attended densely, in tokens."""
         return self.budget_blocks * self.block_size
 
     def covers(self, length: int) -> bool:
-        """Whether every query of a sequence of `length` tokens sees all of its past (dense causal attention)."""
+        """Return whether every query of a sequence of `length` tokens attends to its whole past."""
         return length <= self.budget_tokens
 
     @classmethod
@@ -115,18 +115,18 @@ class SparseAttentionConfig:
 
 @dataclass(frozen=True)
 class DiversityConfig:
-    """How strongly training discourages repetition; evaluation is plain cross-entropy all the same.
+    """The training objective against repetition; evaluation remains plain cross-entropy.
 
     Args:
-        contrast_weight (`float`, defaults to 0.5): of `log(1 + sum_c exp(z_c - z_y))`, where `y` is the true token and
-            `c` are the tokens that would go on with a repetition of two tokens or more; at least 0.
-        window (`int`, defaults to 512): how far back repetitions are looked for, in tokens; at least 1.
-        gem_beta (`float`, *optional*): temperature of GEM, which takes the place of cross-entropy and keeps variety
-            across answers in supervised fine-tuning; above 0, the paper's is 0.7 (Li et al., ICLR 2025,
+        contrast_weight (`float`, defaults to 0.5): weight of `log(1 + sum_c exp(z_c - z_y))`, where `y` is the true
+            token and `c` runs over the tokens that would continue a repetition of two tokens or more; at least 0.
+        window (`int`, defaults to 512): how far back a repetition is searched for, in tokens; at least 1.
+        gem_beta (`float`, *optional*): temperature of GEM, which replaces cross-entropy and preserves variety across
+            answers in supervised fine-tuning; above 0, and 0.7 in the paper (Li et al., ICLR 2025,
             https://arxiv.org/abs/2408.16673).
 
     Raises:
-        ValueError: a value outside its range, or (`from_value`) an unknown name.
+        ValueError: a value outside its range, or an unknown field name (`from_value`).
     """
 
     contrast_weight: float = 0.5
@@ -157,10 +157,10 @@ class DiversityConfig:
 
 
 def _settings(cls: Any, name: str, value: Any) -> Any:
-    """Build a dataclass from a dict of its fields, or from one of its kind."""
+    """Build a settings dataclass from a dict of its fields, or from an instance of it."""
     if isinstance(value, cls):
         return value
-    if hasattr(value, "__dataclass_fields__"):  # the same class, loaded a second time as remote code
+    if hasattr(value, "__dataclass_fields__"):  # an instance of the same class, loaded a second time as remote code
         value = asdict(value)
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a dict or a {cls.__name__}, got {type(value).__name__}: {value!r}")
@@ -172,14 +172,14 @@ def _settings(cls: Any, name: str, value: Any) -> Any:
 
 
 def _explained(config_class: Any) -> Any:
-    """Let a class whose fields are checked by `strict` raise errors that are `ValueError`s when it is built."""
+    """Make the constructor of a `strict` config class raise `ValueError` where a field is wrong."""
     build = config_class.__init__
 
     @functools.wraps(build)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             build(self, *args, **kwargs)
-        except (StrictDataclassError, KeyError) as error:  # transformers' own checks of RoPE raise the latter
+        except (StrictDataclassError, KeyError) as error:  # transformers' validation of RoPE raises KeyError
             raise ValueError(f"the config must have all fields, of the right types: {error}") from error
 
     config_class.__init__ = init
@@ -199,12 +199,12 @@ class WhisperLMConfig(PreTrainedConfig):
         intermediate_size (`int`): width inside the gated MLP.
         num_hidden_layers (`int`): number of decoder layers.
         num_attention_heads (`int`): number of query heads.
-        num_key_value_heads (`int`, *optional*): number of key and value heads, 3 by default; must divide
-            `num_attention_heads`, which `None` stands for.
+        num_key_value_heads (`int`, *optional*): number of key and value heads, 3 by default; it must divide
+            `num_attention_heads`, and `None` means `num_attention_heads`.
         head_dim (`int`, *optional*): size of one head, even; `hidden_size // num_attention_heads` by default.
         hidden_act (`str`): activation of the MLP's gate.
         max_position_embeddings (`int`): longest sequence, in tokens.
-        initializer_range (`float`): standard deviation of freshly initialised weights.
+        initializer_range (`float`): standard deviation of newly initialised weights.
         rms_norm_eps (`float`): added to the mean square in RMSNorm.
         use_cache (`bool`): return a key-value cache.
         tie_word_embeddings (`bool`): the output head is the embedding matrix.
@@ -221,7 +221,7 @@ class WhisperLMConfig(PreTrainedConfig):
         converted_from (`str`, *optional*): `model_type` of the dense family this checkpoint was converted from.
 
     Raises:
-        ValueError: a value that cannot work, with the field, the value and the remedy.
+        ValueError: a value that cannot work; the message names the field, the value and the remedy.
     """
 
     model_type = "whisper_lm"
@@ -275,7 +275,7 @@ class WhisperLMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
-        check_sizes(self)  # before a list is as long as there are layers
+        check_sizes(self)  # first, since the next lines build a list with one entry per layer
         if self.layer_types is None:
             self.layer_types = [MASKED_SPARSE_ATTENTION] * self.num_hidden_layers
         check_dtype(self.dtype if kwargs.get("torch_dtype") is None else kwargs["torch_dtype"])
@@ -283,7 +283,7 @@ class WhisperLMConfig(PreTrainedConfig):
         check_quantization(kwargs.get("quantization_config"))
         self.sparse_attention = SparseAttentionConfig.from_value(self.sparse_attention)
         self.diversity = DiversityConfig.from_value(self.diversity)
-        # `strict` wraps what its validators raise in an error that is no ValueError, so they also run here, unwrapped
+        # `strict` wraps the errors of its validators in another class, so they also run here and raise ValueError
         self.validate_architecture()
         self.validate_layer_type()
         if self.head_dim is None:
@@ -291,7 +291,7 @@ class WhisperLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Check that the values are sound, and that the sizes fit together."""
+        """Validate the values, and that the sizes are consistent."""
         check_sizes(self)
         check_fractions(self)
         check_names(self)
@@ -313,7 +313,7 @@ class WhisperLMConfig(PreTrainedConfig):
         check_rope(self.rope_parameters or {}, head_dim)
 
     def validate_layer_type(self) -> None:
-        """Check `layer_types`: one known name per layer."""
+        """Validate `layer_types`: one known name per layer."""
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"layer_types holds {', '.join(map(repr, unknown))}; the types are {list(LAYER_TYPES)}")
@@ -330,7 +330,7 @@ class WhisperLMConfig(PreTrainedConfig):
         return MASKED_SPARSE_ATTENTION not in self.layer_types or settings.covers(self.max_position_embeddings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, ready for JSON."""
+        """Return the fields as plain values that JSON can represent."""
         output = super().to_dict()
         output["sparse_attention"] = asdict(SparseAttentionConfig.from_value(self.sparse_attention))
         diversity = DiversityConfig.from_value(self.diversity)
@@ -340,8 +340,8 @@ class WhisperLMConfig(PreTrainedConfig):
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write the config file of a checkpoint.
 
-        Layers that are all sparse, as by default, go unnamed: the type is unknown to transformers alone, which reads
-        the file for `AutoTokenizer` where neither this package nor its code is to be run.
+        `layer_types` is left out if all layers are sparse, which is the default: transformers without this package
+        does not know the type, and reads this file for `AutoTokenizer`.
         """
         saved = json.loads(self.to_json_string(use_diff))
         if set(self.layer_types) == {MASKED_SPARSE_ATTENTION}:

@@ -13,9 +13,8 @@
 # limitations under the License.
 """Quantize keys and values to 8 bits: each row, a head of a token, becomes `D` integers and one scale.
 
-The scale is stored in the last two bytes of its row, so that a quantized row has `D + 2` bytes and needs no second
-tensor: what a cache does with rows (append, crop, reorder, select) and what decoding does with them (gather) stay as
-they are.
+The scale is stored in the last two bytes of its row, so that a quantized row has `D + 2` bytes and no second tensor is
+needed. A cache therefore appends, crops, reorders and selects quantized rows like any other rows.
 """
 
 import torch

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is odd about the inputs of a model: said where it can be seen without waiting for a GPU."""
+"""Validate the inputs of a model, as far as this is possible without waiting for a GPU."""
 
 from typing import Any
 
@@ -33,20 +33,20 @@ def embed(embeddings: nn.Module, input_ids: Tensor, vocabulary: int) -> Tensor:
     except IndexError as error:
         raise ValueError(
             f"input_ids must be at least 0 and below vocab_size ({vocabulary}), got {int(input_ids.min())} to "
-            f"{int(input_ids.max())}; take the tokenizer that belongs to the model, or "
+            f"{int(input_ids.max())}; use the tokenizer that belongs to the model, or "
             "model.resize_token_embeddings(len(tokenizer))"
         ) from error
 
 
 def without_padding(inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
-    """Return embeddings, `[B, T, hidden_size]`, with zeros for padding: NaN there would spread, though it is hidden."""
+    """Return embeddings, `[B, T, hidden_size]`, with zeros at padding, since a NaN there would reach visible tokens."""
     if isinstance(attention_mask, Tensor) and attention_mask.shape == inputs_embeds.shape[:2]:
         return inputs_embeds.masked_fill((attention_mask == 0)[..., None], 0.0)
     return inputs_embeds
 
 
 def refuse_empty(inputs_embeds: Tensor) -> None:
-    """Raise a `ValueError` for inputs, `[B, T, hidden_size]`, of no row or no token."""
+    """Raise a `ValueError` for inputs, `[B, T, hidden_size]`, without a row or without a token."""
     if 0 in inputs_embeds.shape[:2]:
         raise ValueError(
             f"inputs must have at least one row and one token, got shape {tuple(inputs_embeds.shape[:2])}; leave empty "
@@ -55,12 +55,12 @@ def refuse_empty(inputs_embeds: Tensor) -> None:
 
 
 def warn_beyond(positions: int, seen_tokens: Any, length: int) -> None:
-    """Say once that a sequence is longer than the model was made for.
+    """Warn once about a sequence that is longer than `max_position_embeddings`.
 
     Args:
-        positions: `max_position_embeddings`.
-        seen_tokens: tokens in the cache; a tensor (of a static cache) is not waited for.
-        length: new tokens.
+        positions (`int`): `max_position_embeddings`.
+        seen_tokens (`int` or tensor): number of tokens in the cache. A tensor, as a static cache has, is not read.
+        length (`int`): number of new tokens.
     """
     if torch.compiler.is_compiling() or not isinstance(seen_tokens, int) or seen_tokens + length <= positions:
         return

@@ -13,9 +13,9 @@
 # limitations under the License.
 """The Whisper language model: a decoder-only transformer with masked sparse self-attention.
 
-Pre-norm RMSNorm, RoPE, grouped-query attention and a gated MLP, in the idiom of transformers' own models. The shape
-legend is `B` batch, `T` tokens, `S` key slots, `H` query heads, `K` key-value heads, `D` head dimension, `V` tokens in
-the vocabulary.
+It has RMSNorm before each sublayer, RoPE, grouped-query attention and a gated MLP, and is written like transformers'
+own models. The shape legend is `B` batch, `T` tokens, `S` key slots, `H` query heads, `K` key-value heads, `D` head
+dimension, `V` tokens in the vocabulary.
 """
 
 import copy
@@ -45,7 +45,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import MASKED_SPARSE, cache_kwargs, refuse_unsupported
 from .attention_masks import explicit_mask, layout_from_inputs
 from .attention_reference import eager_attention_forward
-from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
+from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (the import registers them)
 from .cache_quantized import QuantizedSparseCache
 from .configuration_whisper_lm import (
     FULL_ATTENTION,
@@ -60,12 +60,12 @@ from .model_inputs import embed, refuse_empty, warn_beyond, without_padding
 from .pretrained_base import ENGINES, CheckedPreTrainedModel
 from .repetition_loss import use_diversity
 
-INT8_CACHE = {"backend": "int8"}  # our own quantized cache, in terms of generate's `cache_config`
+INT8_CACHE = {"backend": "int8"}  # the `cache_config` with which generate takes the quantized cache of this package
 
 
 @use_kernel_forward_from_hub("RMSNorm")
 class WhisperLMRMSNorm(nn.Module):
-    """Root mean square normalisation over the last dimension, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+    """RMSNorm over the last dimension, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class WhisperLMRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise `[..., hidden_size]`; shape and dtype stay."""
+        """Normalise `[..., hidden_size]`, and return the same shape and dtype."""
         normed = hidden_states.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * normed.to(hidden_states.dtype)
@@ -84,7 +84,7 @@ class WhisperLMRMSNorm(nn.Module):
 
 
 class WhisperLMRotaryEmbedding(nn.Module):
-    """Rotary position embedding of every type that transformers knows (https://arxiv.org/abs/2104.09864)."""
+    """Rotary position embedding (RoPE) of every type in transformers (https://arxiv.org/abs/2104.09864)."""
 
     def __init__(self, config: WhisperLMConfig) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class WhisperLMRotaryEmbedding(nn.Module):
 
 
 def apply_rotary_pos_emb(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads `[B, H, T, D]` by `cos` and `sin`, `[B, T, D]`."""
+    """Rotate heads, `[B, H, T, D]`, by the angles of `cos` and `sin`, `[B, T, D]`."""
     first, second = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
@@ -138,7 +138,7 @@ class WhisperLMMLP(nn.Module):
 
 
 class WhisperLMAttention(nn.Module):
-    """Grouped-query attention over the blocks that matter (a sparse layer) or over all of the past (a full one)."""
+    """Grouped-query attention to the selected blocks (in a sparse layer) or to the whole past (in a full layer)."""
 
     def __init__(self, config: WhisperLMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class WhisperLMAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if implementation != MASKED_SPARSE:  # which reads quantized rows itself, and only those that it attends to
+        if implementation != MASKED_SPARSE:  # masked_sparse dequantizes only the rows that it reads
             key, value = dequantize_rows(key, query.dtype), dequantize_rows(value, query.dtype)
         if implementation == "sdpa":
             attention_mask = explicit_mask(query, key, attention_mask, sparse_attention)
@@ -242,7 +242,7 @@ class WhisperLMDecoderLayer(GradientCheckpointingLayer):
 
 
 class WhisperLMPreTrainedModel(CheckedPreTrainedModel):
-    """What all Whisper language model classes share."""
+    """Base class of all Whisper language model classes."""
 
     config: WhisperLMConfig
     base_model_prefix = "model"
@@ -267,7 +267,7 @@ def _refuse_beside_an_engine(**options: Any) -> None:
 
 
 class WhisperLMModel(WhisperLMPreTrainedModel):
-    """The decoder without a head: token ids to hidden states."""
+    """The decoder without a head: it maps token ids to hidden states."""
 
     def __init__(self, config: WhisperLMConfig) -> None:
         super().__init__(config)
@@ -282,7 +282,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
 
     @property
     def first_layer(self) -> int:
-        """Number of the first layer that is here: later stages of a pipeline, and their caches, lack the first ones."""
+        """Index of the first layer on this device: a later stage of a pipeline, and its cache, lacks the first layers."""
         return next((i for i, layer in enumerate(self.layers) if isinstance(layer, WhisperLMDecoderLayer)), 0)
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
@@ -298,14 +298,14 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Run the decoder.
+        """Compute the hidden states of the last layer.
 
         Args:
             input_ids (`[B, T]`, int64): token ids; or else
             inputs_embeds (`[B, T, hidden_size]`): embeddings in their place.
             attention_mask (`[B, S]`, *optional*): 1 for tokens, 0 for padding and holes; or a `[B, 1, T, S]` mask.
-            position_ids (`[B or 1, T]`, int64, *optional*): positions for RoPE; without an attention mask, positions
-                that restart separate packed documents.
+            position_ids (`[B or 1, T]`, int64, *optional*): positions for RoPE. Without an attention mask and a cache,
+                positions that restart separate packed documents.
             cache (`Cache`, *optional*): keys and values of earlier tokens.
             use_cache (`bool`, *optional*): return the cache; `config.use_cache` by default.
 
@@ -313,18 +313,19 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
             `last_hidden_state` (`[B, T, hidden_size]`), `cache`; on request `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, no token in them, or (on a CPU) ids outside
-                the vocabulary.
+            ValueError: `input_ids` and `inputs_embeds` are both given or both missing, they hold no token, or (on a
+                CPU) an id lies outside the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+            got = "both" if input_ids is not None else "neither"
+            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {got}")
         if inputs_embeds is None:
             inputs_embeds = embed(self.embed_tokens, input_ids, self.vocab_size)
         else:
             inputs_embeds = without_padding(inputs_embeds, attention_mask)
         refuse_empty(inputs_embeds)
 
-        # the layout before the cache: packed documents are told apart only where nothing is cached
+        # the layout is made before the cache, since packed documents are separated only where there is no cache
         if self.config._attn_implementation in ENGINES:
             _refuse_beside_an_engine(attention_mask=attention_mask, cache=cache, use_cache=use_cache)
             masks = dict.fromkeys(LAYER_TYPES)
@@ -359,7 +360,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
 
 
 class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
-    """The decoder with a language-modelling head."""
+    """The decoder with a language modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -389,16 +390,16 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Predict the next token at each position; arguments as in [`WhisperLMModel`], and:
+        """Predict the next token at each position; [`WhisperLMModel`] documents the arguments that are not below.
 
         Args:
-            labels (`[B, T]`, int64, *optional*): token ids to predict (shifted inside), -100 where there is none.
-            logits_to_keep (`int` or `Tensor`): compute logits only for the last so many positions (0: all of them), or
-                for these positions.
+            labels (`[B, T]`, int64, *optional*): the token at each position, shifted inside; -100 is ignored.
+            logits_to_keep (`int` or `Tensor`): compute logits only for this many last positions (0: all positions), or
+                for the positions in a tensor.
 
         Returns:
-            `loss` (nats per token, or their sum over `num_items_in_batch` where given; 0 if no label counts), `logits`
-            (`[B, T, V]`), `cache`, and on request `hidden_states` and `attentions`.
+            `loss` (mean nats per token, or their sum divided by `num_items_in_batch` where given; 0 if every label is
+            ignored), `logits` (`[B, T, V]`), `cache`, and on request `hidden_states` and `attentions`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -433,7 +434,7 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **_: Any,
     ) -> Tensor | None:
-        """Prepare the layout outside the compiled forward, for static caches."""
+        """Make the layout of the next forward pass of `generate`, outside of the part that is compiled."""
         return layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids, self.model.first_layer)
 
     def _prepare_cache_for_generation(
@@ -444,8 +445,8 @@ class WhisperLMForCausalLM(WhisperLMPreTrainedModel, GenerationMixin):
             if options == INT8_CACHE and model_kwargs.get("cache") is None:
                 generation_config.cache_implementation = None
                 model_kwargs["cache"] = QuantizedSparseCache(self.config)
-            # transformers' own only accepts full-attention layers; it holds plain keys and values, which is all that
-            # block selection needs
+            # transformers' quantized caches accept only full-attention layers; they return plain keys and values, from
+            # which blocks can be selected
             config = copy.copy(self.config)
             config.layer_types = [FULL_ATTENTION] * config.num_hidden_layers
             generation_config.cache_config = {"config": config, **options}
@@ -457,7 +458,7 @@ class WhisperLMForSequenceClassification(GenericForSequenceClassification, Whisp
 
     _may_be_new = ("score.",)
 
-    # the mixin builds its decoder through AutoModel, which does not know a class that runs as remote code
+    # the mixin builds its decoder by AutoModel, which does not know a class that was loaded as remote code
     def __init__(self, config: WhisperLMConfig) -> None:
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A loss that encourages diversity: against tokens that would go on with a repetition, and only against those.
+"""A training loss that encourages diversity by penalising the tokens that would continue a repetition.
 
 Legend: `B` rows of `T` tokens, `n` of which are predicted from and count, `C` candidates for each, `V` vocabulary.
 """
@@ -30,26 +30,27 @@ from .labels import IGNORED, shift
 
 logger = logging.get_logger(__name__)
 
-NONE = -1  # in place of a candidate
+NONE = -1  # fills the places of candidates that do not exist
 
 
 def repeating_tokens(
     input_ids: Tensor, targets: Tensor, documents: Tensor | None = None, *, window: int = 512, most: int = 8
 ) -> Tensor:
-    """Find the tokens that would continue a repetition: those that followed the last two tokens when these came before.
+    """Find the tokens that would continue a repetition.
 
-    A token that merely occurred before is left alone, as most repetition is legitimate; so is what came from a prompt,
-    for answers often quote it, and the true next token, where people repeat themselves too.
+    A candidate at a position is a token that followed an earlier occurrence of the last two tokens. Three kinds of
+    tokens are never candidates: a token that merely occurred before, as most repetition of single words is legitimate;
+    a token of a prompt, as answers often quote it; and the true next token, as people repeat themselves, too.
 
     Args:
         input_ids (`[B, T]`, int64): the text.
-        targets (`[B, T]`, int64): the token to predict from each position, -100 where none counts (prompt, padding).
-        documents (`[B, T]`, int64, *optional*): which document of its row a token belongs to; never crossed.
-        window (`int`): how many tokens back to look.
-        most (`int`): `C`, candidates of each position, the most recent ones.
+        targets (`[B, T]`, int64): the token to predict from each position; -100 for prompts and padding.
+        documents (`[B, T]`, int64, *optional*): number of the document of each token; a repetition lies in one.
+        window (`int`): how far back to search, in tokens.
+        most (`int`): `C`, the number of candidates of each position; the most recent ones are returned.
 
     Returns:
-        `[B, T, C]`, int64: distinct tokens, -1 where there are fewer.
+        `[B, T, C]`, int64: distinct tokens, -1 in unused places.
     """
     size = int(input_ids.numel())
     row = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(input_ids)
@@ -61,7 +62,7 @@ def repeating_tokens(
     key[:, 1:] = torch.where(same, (last_two[..., 0] * base + last_two[..., 1]) * base + last_two[..., 2], NONE)
 
     key, target = key.flatten(), targets.flatten()
-    order = key.argsort(stable=True)  # occurrences of two tokens, one after the other
+    order = key.argsort(stable=True)  # occurrences of the same two tokens become neighbours, in order of position
     place = torch.arange(size, device=key.device)
     found = target.new_full((size, most), NONE)
     for back in range(1, min(most, size - 1) + 1):
@@ -74,19 +75,19 @@ def repeating_tokens(
 
 
 def contrast_loss(logits: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`log(1 + sum_c exp(z_c - z_y))` of each token: every candidate is to be less likely than the true token.
+    """Compute `log(1 + sum_c exp(z_c - z_y))` of each token, which asks that every candidate be less likely than it.
 
-    The contrastive token loss (Jiang et al. 2022, https://arxiv.org/abs/2205.02517) over the candidates of
-    [`repeating_tokens`]; computed stably, for any gap between logits.
+    This is the contrastive token loss (Jiang et al. 2022, https://arxiv.org/abs/2205.02517) over the candidates of
+    [`repeating_tokens`], computed stably for any difference of logits.
 
     Args:
         logits (`[n, V]`, float32 or float64).
         labels (`[n]`, int64): the true tokens.
-        candidates (`[n, C]`, int64): distinct, not the true one; -1 for none.
+        candidates (`[n, C]`, int64): distinct tokens other than the true one; -1 in unused places.
 
     Returns:
-        value (`[n]`, nats), and its derivative with respect to the logits of the candidates (`[n, C]`) and of the true
-        token (`[n]`).
+        the loss (`[n]`, nats), and its derivatives with respect to the logits of the candidates (`[n, C]`) and of the
+        true token (`[n]`).
     """
     gaps = _gaps(logits, labels, candidates)
     value = contrast(gaps)
@@ -95,13 +96,13 @@ def contrast_loss(logits: Tensor, labels: Tensor, candidates: Tensor) -> tuple[T
 
 
 def _gaps(logits: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
-    """Return by how much the logit of each candidate exceeds that of the true token, `[n, C]`."""
+    """Return the logit of each candidate minus the logit of the true token, `[n, C]`; `-inf` in unused places."""
     gaps = logits.gather(1, candidates.clamp(min=0)) - logits.gather(1, labels[:, None])
     return gaps.masked_fill(candidates == NONE, float("-inf"))
 
 
 def contrast(gaps: Tensor) -> Tensor:
-    """Return `log(1 + sum exp gap)`, `[...]`, of the gaps of candidates, `[..., C]`; `-inf` where there is none."""
+    """Return `log(1 + sum exp gap)`, `[...]`, of the gaps of candidates, `[..., C]`; a gap of `-inf` adds nothing."""
     return nn.functional.pad(gaps, (1, 0)).logsumexp(-1)
 
 
@@ -115,22 +116,25 @@ def diverse_causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Cross-entropy, and in training `contrast_weight` times the contrast with tokens that go on with a repetition.
+    """Compute cross-entropy plus, in training, `contrast_weight` times the contrast with repeating tokens.
 
-    Takes the place of transformers' `ForCausalLMLoss`, in its terms; without gradients it is that. Repetitions are
-    looked for among labelled tokens: prompts, padding and everything beyond them are neither sources nor copies.
+    It replaces transformers' `ForCausalLMLoss` and takes the same arguments; without gradients it equals it. Only
+    labelled tokens are searched for repetitions: prompts, padding and everything across them are left out.
 
-    With `gem_beta` training minimises `beta * cross-entropy(logits / beta)` in place of cross-entropy: its gradient,
-    `softmax(logits / beta) - onehot`, is that of GEM with linear `h`, which the paper defines by a constant `q`.
+    With `gem_beta`, training minimises `beta * cross-entropy(logits / beta)` instead of cross-entropy. Its gradient,
+    `softmax(logits / beta) - onehot`, equals the gradient of GEM with linear `h`, which the paper defines by a
+    constant `q`.
 
     Args:
-        logits (`[B, T, V]`, any float), labels (`[B, T]`, int64): labels are shifted inside.
-        num_items_in_batch (`int` or 0-dim tensor, *optional*): divides both sums; else the mean is taken.
-        diversity (`DiversityConfig`): weight and window.
+        logits (`[B, T, V]`, any float): predictions.
+        labels (`[B, T]`, int64): the token at each position, or -100; they are shifted inside.
+        vocab_size (`int`): `V`.
+        num_items_in_batch (`int` or 0-dim tensor, *optional*): divisor of both sums; by default the mean is taken.
+        diversity (`DiversityConfig`): weight, window and temperature.
         shift_labels (`[B, T]`, int64, *optional*): labels that are shifted already.
 
     Returns:
-        0-dim float32: nats per token.
+        the loss, 0-dim float32, in nats per token.
     """
     beta = diversity.gem_beta if torch.is_grad_enabled() and diversity.gem_beta is not None else 1.0
     tempered = logits if beta == 1 else logits.float() / beta
@@ -138,13 +142,14 @@ def diverse_causal_lm_loss(
     if not torch.is_grad_enabled() or not diversity.contrast_weight:
         return loss
     if shift_labels is None:
-        assert labels is not None  # or the loss above would have failed
+        assert labels is not None  # the loss above fails without labels
         targets, tokens = shift(labels), labels
     else:
         targets, tokens = shift_labels, nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)
     targets, tokens = targets.to(logits.device), tokens.to(logits.device)
     hidden = tokens == IGNORED
-    stretches = 2 * hidden.cumsum(1) + ~hidden  # of labelled tokens; a hidden one is a stretch of its own
+    # number the stretches of labelled tokens; each unlabelled token is a stretch of its own
+    stretches = 2 * hidden.cumsum(1) + ~hidden
     candidates = repeating_tokens(tokens.clamp(min=0), targets, stretches, window=diversity.window)
     counts = (candidates != NONE).any(-1) & (targets != IGNORED)
     penalty = contrast(_gaps(logits[counts].float(), targets[counts], candidates[counts])).sum()
@@ -153,22 +158,23 @@ def diverse_causal_lm_loss(
 
 
 def without_adapter(model: Any) -> Any:
-    """Return the model beneath one that peft has wrapped, or the model itself."""
+    """Return the model inside a peft wrapper, or the model itself if it is not wrapped."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def use_diversity(model: Any, diversity: Any = True) -> Any:
-    """Train a causal language model of any family with the objective that encourages diversity, in place.
+    """Make a causal language model of any family train with the objective that encourages diversity, in place.
 
     Args:
         model (`PreTrainedModel`, or wrapped by peft): its loss must come from transformers' `loss_function`.
-        diversity (`DiversityConfig`, `dict`, `True` or `None`): the settings, the defaults, or off again.
+        diversity (`DiversityConfig`, `dict`, `True` or `None`): the settings, `True` for the defaults, or `None` to
+            restore plain cross-entropy.
 
     Returns:
         the model.
 
     Raises:
-        ValueError: a model without `loss_function` or with another loss than that of causal language models.
+        ValueError: the model's `loss_function` is not transformers' `ForCausalLMLoss`.
     """
     base = without_adapter(model)
     vars(base).pop("_loss_function", None)
@@ -189,9 +195,9 @@ def use_diversity(model: Any, diversity: Any = True) -> Any:
 
 
 def _warn_where_bypassed(model: Any, _args: tuple, kwargs: dict[str, Any]) -> None:
-    """Say so where a training forward has no labels: the loss is then computed outside, by something else.
+    """Warn once about a forward pass in training without labels, whose loss is computed outside the model.
 
-    One that asks for a few logits only is no such loss, as that of [`~whisper_hf.SequenceUnlikelihoodCallback`].
+    A forward pass with `logits_to_keep` is not such a case: [`~whisper_hf.SequenceUnlikelihoodCallback`] makes it.
     """
     has_loss = kwargs.get("labels") is not None or kwargs.get("logits_to_keep")
     is_bypassed = model.training and torch.is_grad_enabled() and not has_loss

@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Who may see whom: the content layout of a batch, and the blocks that each query selects.
+"""Define masked sparse attention: the layout of a batch, and the blocks to which each query attends.
 
 Legend: `B` batch, `T` query tokens, `S` key slots (`T` of them hold the queries' own keys, the rest come from a
 cache), `H` query heads, `K` key-value heads, `G = H / K` heads per group, `D` head dimension, `N` blocks.
 
-A *layout* is an int32 tensor `[B, 1, 1, S]` that says of each key slot: `d > 0`, a visible token of document `d`;
-`-d`, a token of document `d` that the attention mask hides; `0`, nothing written yet. The queries are the last `T`
-written slots. `None` stands for one document without hidden tokens. A layout has four dimensions because transformers
-passes four-dimensional masks on untouched, and one row because nothing about it is quadratic.
+A *layout* is an int32 tensor `[B, 1, 1, S]` with one value per key slot: `d > 0` is a visible token of document `d`,
+`-d` is a token of document `d` that the attention mask hides, and `0` is a slot that nothing was written to. The
+queries are the last `T` written slots. `None` stands for one document without hidden tokens. A layout has four
+dimensions because transformers passes four-dimensional masks on unchanged.
 """
 
 import math
@@ -32,16 +32,16 @@ from transformers.utils.import_utils import is_tracing
 
 from .configuration_whisper_lm import SparseAttentionConfig
 
-LEAST_TO_PARTITION = 4096  # scores, from which on numpy's partition is faster than `topk`, up to four times
+LEAST_TO_PARTITION = 4096  # number of scores from which on numpy's partition is faster than `topk`, up to four times
 
 
 def content_layout(visible: Tensor, starts: Tensor, query_end: int | Tensor) -> Tensor:
-    """Encode a batch as a layout.
+    """Encode which tokens of a batch are visible, and to which documents they belong, as a layout.
 
     Args:
         visible (`[B, S]`, bool): whether the attention mask shows the token in a slot.
-        starts (`[B, S]`, bool): whether a slot begins a new document; the first slot need not be marked.
-        query_end (`int` or 0-dim tensor): number of written slots, the queries' own included.
+        starts (`[B, S]`, bool): whether a slot begins a document; the first slot always does.
+        query_end (`int` or 0-dim tensor): number of written slots, including those of the queries.
 
     Returns:
         `[B, 1, 1, S]`, int32: the layout.
@@ -54,7 +54,7 @@ def content_layout(visible: Tensor, starts: Tensor, query_end: int | Tensor) -> 
 
 
 def query_slots(layout: Tensor | None, query_length: int, key_length: int, device: torch.device) -> Tensor:
-    """Return the slots of the queries' own keys, `[B or 1, T]`, int64."""
+    """Return the slots that hold the queries' own keys, `[B or 1, T]`, int64."""
     offset = torch.arange(query_length, device=device)[None]
     if layout is None:
         return key_length - query_length + offset
@@ -63,7 +63,7 @@ def query_slots(layout: Tensor | None, query_length: int, key_length: int, devic
 
 
 def visible_keys(layout: Tensor | None, slots: Tensor, key_length: int, sliding_window: int | None = None) -> Tensor:
-    """Expand a layout to the plain causal mask of some queries: their own document, up to themselves, not hidden.
+    """Expand a layout to a causal mask: a query may see the visible tokens of its own document up to itself.
 
     Args:
         layout (`[B, 1, 1, S]`, int32, or `None`): the layout.
@@ -86,7 +86,7 @@ def visible_keys(layout: Tensor | None, slots: Tensor, key_length: int, sliding_
 
 
 def content_order(layout: Tensor, last: Tensor, key_length: int) -> tuple[Tensor, Tensor]:
-    """Put the content that the last query of each row sees in order.
+    """List the slots of the content that the last query of each row sees, in order.
 
     Args:
         layout (`[B, 1, 1, S]`, int32): the layout.
@@ -94,13 +94,13 @@ def content_order(layout: Tensor, last: Tensor, key_length: int) -> tuple[Tensor
         key_length (`int`): `S`.
 
     Returns:
-        The slot of each content token (`[B, S]`, int64; beyond a row's content any slot), and which slots hold content
+        The slot of each content token (`[B, S]`, int64; arbitrary beyond a row's content), and which slots hold content
         (`[B, S]`, bool).
     """
     document = layout[:, 0, 0]
     slot = torch.arange(key_length, device=layout.device)
     visible = (document == document.gather(1, last).abs()) & (slot <= last)
-    target = torch.where(visible, visible.cumsum(1) - 1, key_length)  # hidden slots go to a place that is cut off
+    target = torch.where(visible, visible.cumsum(1) - 1, key_length)  # hidden slots go to a column that is cut off
     slot_of = slot.new_zeros(len(document), key_length + 1).scatter(1, target, slot.expand_as(target))
     return slot_of[:, :-1], visible
 
@@ -148,7 +148,7 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
     with maybe_autocast(query.device.type, enabled=False):
         products = (grouped @ key.float()[:, :, None].transpose(3, 4)).masked_fill(~visible[:, :, None], 0.0)
     sums = products.new_zeros(*products.shape[:4], num_blocks)
-    # the mean of a block's products is the product with its mean: every candidate block is complete
+    # the product with a block's mean key is the mean of the products with its keys, as every candidate is complete
     sums = sums.scatter_add(-1, block_of_key[:, :, None].expand_as(products), products)
 
     block = torch.arange(num_blocks, device=key.device)
@@ -161,18 +161,18 @@ def selected_keys(query: Tensor, key: Tensor, visible: Tensor, settings: SparseA
 
 
 def block_scores(products: Tensor, past: Tensor | None = None) -> Tensor:
-    """Reduce what each head of a group makes of the blocks to one score per block.
+    """Reduce the products of each head of a group with the blocks to one score per block.
 
-    A head's product with a block's mean key counts relative to its largest one with any complete block of its past,
-    sinks and local blocks included: so heads with large logits do not outvote the others, and those that look elsewhere
-    anyway have no say. The score is the largest over the heads.
+    `score(b) = max_h (e_h(b) - max_b' e_h(b'))`, where `b'` runs over all complete blocks of the past, sinks and local
+    blocks included. A head with large logits therefore does not outvote the other heads, and a head that attends to a
+    sink or a local block anyway has little influence.
 
     Args:
-        products (`[..., G, N]`, float32): of each head's query with the blocks' means; may be overwritten.
-        past (broadcastable to `[..., N]`, bool): complete blocks of the query's past; `None`: all.
+        products (`[..., G, N]`, float32): `e_h(b)`, each head's query times the blocks' mean keys; may be overwritten.
+        past (broadcastable to `[..., N]`, bool): the complete blocks of the query's past; `None` for all blocks.
 
     Returns:
-        `[..., N]`, float32: at most 0, which each head's favourite has; arbitrary outside the past.
+        `[..., N]`, float32: at most 0, which the best block of each head has; arbitrary outside the past.
     """
     if past is not None:
         products = products.masked_fill(~past[..., None, :], float("-inf"))
@@ -185,7 +185,7 @@ def top_blocks(scores: Tensor, candidate: Tensor, topk: int) -> Tensor:
     Args:
         scores (`[..., N]`, float32): one score per block.
         candidate (broadcastable to `[..., N]`, bool): blocks that may be chosen.
-        topk (`int`): how many to mark; fewer where there are fewer candidates.
+        topk (`int`): how many to mark; all candidates, where there are fewer.
 
     Returns:
         `[..., N]`, bool.
@@ -198,7 +198,7 @@ def top_blocks(scores: Tensor, candidate: Tensor, topk: int) -> Tensor:
 def top_recent(scores: Tensor, topk: int) -> Tensor:
     """Return the indices of the `topk` largest of each row of `[..., N]`; among equals the larger index wins.
 
-    Where traced, ties are always broken by a stable sort; else only in rows that have one at the boundary.
+    A stable sort breaks the ties. It is slow, so eager calls use it only for the rows with a tie at the boundary.
     """
     num_blocks = scores.shape[-1]
     if num_blocks <= topk:
@@ -208,14 +208,14 @@ def top_recent(scores: Tensor, topk: int) -> Tensor:
     values, indices = _top_and_next(scores, topk)
     indices = indices[..., :topk]
     tied = values[..., :topk].amin(-1) == values[..., topk]
-    if tied.any():  # which of them is in is arbitrary so far
+    if tied.any():  # which of the tied indices is among the first `topk` is arbitrary so far
         tied &= values[..., topk] > float("-inf")
         indices[tied] = _top_by_sort(scores[tied], topk)
     return indices
 
 
 def _top_and_next(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Return values and indices, `[..., topk + 1]`, of the `topk` largest in any order, and of the next."""
+    """Return values and indices, `[..., topk + 1]`, of the `topk` largest in any order, and of the next largest."""
     if scores.device.type != "cpu" or scores.numel() < LEAST_TO_PARTITION:
         return scores.topk(topk + 1)
     following = scores.shape[-1] - 1 - topk
@@ -224,5 +224,6 @@ def _top_and_next(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def _top_by_sort(scores: Tensor, topk: int) -> Tensor:
+    """Return the indices of the `topk` largest, `[..., topk]`, in falling order; among equals the larger comes first."""
     recent_first = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     return scores.shape[-1] - 1 - recent_first
