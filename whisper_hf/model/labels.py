@@ -57,10 +57,10 @@ def items_in_batch(labels: Tensor, num_items_in_batch: Tensor | int | None, shif
 def documents_from_positions(position_ids: Tensor) -> Tensor:
     """Number the packed documents of each row: a document begins where the position falls or stays.
 
-    A position that jumps ahead does not begin a document. transformers' own rule (`find_packed_sequence_indices`) differs
-    there: it begins a document at every step other than +1, but only in a forward pass without a cache and a mask.
-    With its default `use_cache=True` a dense Llama therefore attends across such a gap, and so does a WhisperLM, in one
-    pass and token by token.
+    A position that jumps ahead does not begin a document. The rule of transformers (`find_packed_sequence_indices`)
+    differs there: it begins a document at every step other than +1, but only in a forward pass without a cache and a
+    mask. With its default `use_cache=True` a dense Llama therefore attends across such a gap, and so does a WhisperLM,
+    in one pass and token by token.
 
     Args:
         position_ids (`[B, T]`, int64): positions.

@@ -282,7 +282,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
 
     @property
     def first_layer(self) -> int:
-        """Index of the first layer on this device: a later stage of a pipeline, and its cache, lacks the first layers."""
+        """Index of the first layer that exists: a later stage of a pipeline, and its cache, lack the first layers."""
         return next((i for i, layer in enumerate(self.layers) if isinstance(layer, WhisperLMDecoderLayer)), 0)
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")

@@ -224,6 +224,6 @@ def _top_and_next(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def _top_by_sort(scores: Tensor, topk: int) -> Tensor:
-    """Return the indices of the `topk` largest, `[..., topk]`, in falling order; among equals the larger comes first."""
+    """Return the indices of the `topk` largest, `[..., topk]`, in falling order; among equals the larger is first."""
     recent_first = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     return scores.shape[-1] - 1 - recent_first
