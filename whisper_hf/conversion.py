@@ -1,12 +1,11 @@
 """Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
 
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
+    whisper-hf convert SOURCE TARGET [--to-dense]
 
 The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
 is the whole table. RoPE, sizes and token ids carry over by name.
 """
 
-import argparse
 import copy
 import os
 from typing import Any
@@ -252,35 +251,3 @@ def convert_checkpoint(
             model = from_dense(source, sparse_attention, verify_checksums=verify)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         save_tokenizer(source, folder, model.config.vocab_size)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m whisper_hf.conversion", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", help="folder or Hub id of a dense checkpoint (with --to-dense: of a WhisperLM)")
-    parser.add_argument("target", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--to-dense", action="store_true", help="convert a WhisperLM back to its dense family")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest file of weights (default: %(default)s)")
-    defaults = SparseAttentionConfig()
-    for name in SparseAttentionConfig.MINIMUM:
-        flag, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
-        parser.add_argument(flag, type=int, default=default, help="sparse attention (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        sparse_attention = SparseAttentionConfig(
-            **{name: getattr(options, name) for name in SparseAttentionConfig.MINIMUM}
-        )
-        convert_checkpoint(
-            options.source,
-            options.target,
-            sparse_attention,
-            dense=options.to_dense,
-            max_shard_size=options.max_shard_size,
-        )
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"converted {options.source} to {options.target}")
-
-
-if __name__ == "__main__":
-    main()
