@@ -1,7 +1,5 @@
 """Dense checkpoints to WhisperLM and back: the same bits, the same logits, all or nothing."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from transformers import (
 )
 
 from whisper_hf import WhisperLMForCausalLM, conversion, convert_checkpoint, from_dense, to_dense
+from whisper_hf.__main__ import main
 
 from .conftest import LENGTH, SIZES, SPARSE, tiny_model, tokens
 
@@ -118,12 +117,19 @@ def test_folder_with_shards_tokenizer_and_generation_config(tmp_path, tokenizer)
 
 def test_command_line(tmp_path, capsys) -> None:
     dense_model("llama").save_pretrained(tmp_path / "dense")
-    command = [sys.executable, "-m", "whisper_hf.conversion", str(tmp_path / "dense"), str(tmp_path / "sparse")]
-    done = subprocess.run([*command, "--block-size", "32"], capture_output=True, text=True, check=True)
-    assert "RuntimeWarning" not in done.stderr
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").config.sparse_attention.block_size == 32
+    dense, sparse, back = (str(tmp_path / name) for name in ("dense", "sparse", "back"))
+    sizes = ["--block-size", "64", "--topk-blocks", "5", "--local-blocks", "3", "--sink-blocks", "0"]
+    assert main(["convert", dense, sparse, *sizes, "--max-shard-size", "10KB"]) == 0
+    assert capsys.readouterr().out == f"converted {dense} to {sparse}\n"
+    converted = AutoModelForCausalLM.from_pretrained(sparse)
+    settings = converted.config.sparse_attention
+    assert (settings.block_size, settings.topk_blocks, settings.local_blocks, settings.sink_blocks) == (64, 5, 3, 0)
+    assert len(list((tmp_path / "sparse").glob("*.safetensors"))) > 1
+    assert main(["convert", sparse, back, "--to-dense"]) == 0
+    loaded = [AutoModelForCausalLM.from_pretrained(folder) for folder in (dense, back)]
+    assert torch.equal(loaded[0](tokens()).logits, loaded[1](tokens()).logits)
     with pytest.raises(SystemExit, match=r"^2$"):
-        conversion.main(command[3:])
+        main(["convert", dense, sparse])
     assert "not an empty folder" in capsys.readouterr().err
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# what is imported when it is used: light for those who only run a model, and `python -m` must be the first to import
+# what is imported when it is used: light for those who only run a model
 _LAZY = {
     "convert_checkpoint": "conversion",
     "from_dense": "conversion",

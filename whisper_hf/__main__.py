@@ -1,66 +1,86 @@
-"""Commands of other tools, for the models and the attention of this package.
+"""One command line for everything in this package: `whisper-hf COMMAND`, or `python -m whisper_hf COMMAND`.
 
-python -m whisper_hf serve MODEL
+Python imports the package before it runs this module, so that even `whisper-hf --version` takes the time of
+`import whisper_hf` (transformers and torch, but neither peft nor datasets). Beyond that only the chosen command is
+imported.
 """
 
 import argparse
+import functools
 import importlib
-import importlib.util
 import sys
 
-COMMANDS = {
-    "serve": "`transformers serve MODEL`, an OpenAI-compatible server. Also takes --attn-implementation masked_sparse, "
-    "for models of other kinds. One request is answered after the other: --continuous-batching is for dense models.",
-    "chat": "`transformers chat MODEL`, a conversation in the terminal, with a server of its own on a free port. Give "
-    "no address (with one no server is started), and options for the server last: chat MODEL -- --device cuda",
-    "lm-eval": "the evaluation harness: lm-eval run --model hf --model_args pretrained=MODEL --tasks TASK",
+from . import __version__
+
+PROGRAM = "whisper-hf"
+CHECKPOINTS = {
+    "convert": "turn a dense checkpoint into a sparse WhisperLM, or back",
+    "quantize": "write a checkpoint with weights of 8 or 4 bits, and a report",
+    "verify": "compare the files of a checkpoint with its SHA256SUMS",
 }
-EPILOG = """`COMMAND --help` lists what the tool takes.
+DISTILLATION = {
+    "cache-signals": "store a teacher's predictions for a data set, to distil students from them",
+}
+TOOLS = {  # parse their arguments themselves, `--help` included
+    "serve": "run `transformers serve`, an OpenAI-compatible server",
+    "chat": "run `transformers chat`, a conversation in the terminal",
+    "lm-eval": "run `lm-eval`, the evaluation harness",
+}
+GROUPS = {"checkpoints": CHECKPOINTS, "distillation": DISTILLATION, "other tools, for models of this package": TOOLS}
+COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}  # each is a module of `commands`
+EPILOG = """examples:
+  whisper-hf convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2-sparse
+  whisper-hf quantize smollm2-sparse smollm2-nf4 --recipe nf4
+  whisper-hf chat smollm2-nf4
 
-More commands, with a --help of their own:
-  python -m whisper_hf.conversion    dense checkpoints to WhisperLM and back
-  python -m whisper_hf.quantization  quantized checkpoints
-  python -m whisper_hf.distillation  a teacher's signals, stored
-"""
+`whisper-hf COMMAND --help` lists the options of a command."""
+HELP_FORMAT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=25)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after the program's name; by default those of this process.
+
+    Returns:
+        The exit status: 0, or 1 where `verify` finds a fault. Bad input ends the process with status 2 and one line.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="python -m whisper_hf",
-        description=(__doc__ or "").split("\n")[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text)
-    command, rest = parser.parse_args(arguments[:1]).command, arguments[1:]
-    if rest[:1] in (["-h"], ["--help"]):
-        print(f"{parser.prog} {command}: {COMMANDS[command]}\n")
+    command = _parser().parse_args(arguments[:1]).command
+    rest = arguments[1:]
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", formatter_class=HELP_FORMAT)
     try:
-        run(command, rest)
+        module = importlib.import_module(f"whisper_hf.commands.{command.replace('-', '_')}")
+        parser.description = module.__doc__
+        if command not in TOOLS:
+            module.add_arguments(parser)
+            return module.run(parser.parse_args(rest))
+        if rest[:1] in (["-h"], ["--help"]):
+            print(module.__doc__)
+        return module.run(argparse.Namespace(arguments=rest))
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 
 
-def run(command: str, arguments: list[str]) -> None:
-    """Run a command with the arguments of its tool.
-
-    Raises:
-        ImportError: the tool is not installed.
-        ValueError: what the tool or the model refuses.
-        OSError: no such model.
-    """
-    if command != "lm-eval":
-        getattr(importlib.import_module("whisper_hf.serving"), command)(arguments)
-        return
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("the evaluation harness is not installed; pip install 'whisper-hf[evaluation]'")
-    sys.argv = ["lm-eval", *arguments]
-    importlib.import_module("lm_eval.__main__").cli_evaluate()
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the first word, whose help has a line for each command."""
+    description = "Language models with masked sparse attention."
+    for title, group in GROUPS.items():
+        description += f"\n\n{title}:"
+        for name, line in group.items():
+            description += f"\n  {name:14} {line}"
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage="%(prog)s [-h] [--version] COMMAND ...",
+        description=description,
+        epilog=EPILOG,
+        formatter_class=HELP_FORMAT,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .model.checkpoint_integrity import CHECKSUMS, load_intact, write_checksums
+from .model.checkpoint_integrity import find_file, load_intact
+from .model.checksums import CHECKSUMS, write_checksums
 
 logger = logging.get_logger(__name__)
 
@@ -92,12 +93,27 @@ def load_config(source: Any, **hub_kwargs: Any) -> PreTrainedConfig:
         raise ValueError(f"the config of {source} must have fields of the right types, got: {error}") from error
 
 
+def has_checksums(source: Any, **options: Any) -> bool:
+    """Tell whether the weights of a folder or Hub id can be verified: safetensors with a `SHA256SUMS` beside them.
+
+    Args:
+        source: folder or Hub id.
+        options: of `from_pretrained`, which say where to look and what to read.
+
+    Raises:
+        OSError: no such checkpoint.
+    """
+    if options.get("use_safetensors") is False or options.get("gguf_file") is not None:
+        return False
+    return find_file(source, CHECKSUMS, **options) is not None
+
+
 def load_causal_lm(source: Any, **options: Any) -> Any:
     """Load a causal language model of any family, with the checks that a WhisperLM makes by itself.
 
     Args:
         source: folder or Hub id.
-        options: of `from_pretrained`, and `shapes` and `finite` of [`load_intact`].
+        options: of `from_pretrained`, and `shapes`, `finite` and `verify_checksums` of [`load_intact`].
 
     Raises:
         ValueError: weights that are damaged, missing or of another shape.

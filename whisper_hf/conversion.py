@@ -1,12 +1,11 @@
 """Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
 
-    python -m whisper_hf.conversion SOURCE TARGET [--to-dense]
+    whisper-hf convert SOURCE TARGET [--to-dense]
 
 The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
 is the whole table. RoPE, sizes and token ids carry over by name.
 """
 
-import argparse
 import copy
 import os
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .checkpoint_io import load_causal_lm, load_config, new_folder, save_tokenizer
+from .checkpoint_io import has_checksums, load_causal_lm, load_config, new_folder, save_tokenizer
 from .model.checkpoint_integrity import weight_shapes
 from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
@@ -77,7 +76,8 @@ def from_dense(
     Args:
         source: a model of a family in `FAMILIES` (its weights are copied), or a folder or Hub id of one.
         sparse_attention: block size and budget of every layer; the defaults of [`SparseAttentionConfig`] if left out.
-        from_pretrained_kwargs: for a folder or Hub id, such as `revision` or `dtype` (the checkpoint's own by default).
+        from_pretrained_kwargs: for a folder or Hub id, such as `revision`, `dtype` (the checkpoint's own by default) or
+            `verify_checksums`.
 
     Returns:
         The model, on the device, in the dtype and in the mode (training or evaluation) of the source, with its
@@ -95,7 +95,8 @@ def from_dense(
         config = sparse_config(source.config, sparse_attention)
         weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
     else:
-        hub_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in ("dtype", "device_map")}
+        only_weights = ("dtype", "device_map", "verify_checksums")
+        hub_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in only_weights}
         config = sparse_config(load_config(source, **hub_kwargs), sparse_attention)
         source = load_causal_lm(
             source,
@@ -229,6 +230,8 @@ def convert_checkpoint(
 ) -> None:
     """Convert a folder or Hub id to a folder, with tokenizer and generation config; all of it or nothing.
 
+    The weights of the source are verified against its `SHA256SUMS`, if it has this file.
+
     Args:
         source: the checkpoint to read.
         target: the folder to write; it must not exist, or be empty.
@@ -237,45 +240,14 @@ def convert_checkpoint(
         max_shard_size: largest file of weights.
 
     Raises:
-        ValueError: as in [`from_dense`] and [`to_dense`], a target that holds something, or a tokenizer with ids beyond
-            the vocabulary.
+        ValueError: as in [`from_dense`] and [`to_dense`], weights that have changed since they were saved, a
+            target that holds something, or a tokenizer with ids beyond the vocabulary.
     """
     with new_folder(target) as folder:
+        verify = has_checksums(source)
         if dense:
-            model = to_dense(load_causal_lm(source, finite=True, dtype="auto"))
+            model = to_dense(load_causal_lm(source, finite=True, dtype="auto", verify_checksums=verify))
         else:
-            model = from_dense(source, sparse_attention)
+            model = from_dense(source, sparse_attention, verify_checksums=verify)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         save_tokenizer(source, folder, model.config.vocab_size)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m whisper_hf.conversion", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", help="folder or Hub id of a dense checkpoint (with --to-dense: of a WhisperLM)")
-    parser.add_argument("target", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--to-dense", action="store_true", help="convert a WhisperLM back to its dense family")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest file of weights (default: %(default)s)")
-    defaults = SparseAttentionConfig()
-    for name in SparseAttentionConfig.MINIMUM:
-        flag, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
-        parser.add_argument(flag, type=int, default=default, help="sparse attention (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        sparse_attention = SparseAttentionConfig(
-            **{name: getattr(options, name) for name in SparseAttentionConfig.MINIMUM}
-        )
-        convert_checkpoint(
-            options.source,
-            options.target,
-            sparse_attention,
-            dense=options.to_dense,
-            max_shard_size=options.max_shard_size,
-        )
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"converted {options.source} to {options.target}")
-
-
-if __name__ == "__main__":
-    main()

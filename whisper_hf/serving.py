@@ -22,7 +22,7 @@ from .model.attention import MASKED_SPARSE
 from .model.configuration_whisper_lm import WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
 
-PROGRAM = "python -m whisper_hf"
+PROGRAM = "whisper-hf"
 
 
 class ModelManager(model_manager.ModelManager):
@@ -53,7 +53,7 @@ class ModelManager(model_manager.ModelManager):
             raise ValueError(
                 f"continuous batching keeps keys and values in pages, got {type(model).__name__} with masked sparse "
                 "attention, which cannot read them; leave out --continuous-batching, or serve a dense model "
-                "(python -m whisper_hf.conversion SOURCE TARGET --to-dense)"
+                "(whisper-hf convert SOURCE TARGET --to-dense)"
             )
         return model
 

@@ -4,9 +4,7 @@ import copy
 import functools
 import gc
 import json
-import runpy
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,9 @@ from transformers import (
 )
 
 from whisper_hf import WhisperLMForCausalLM
+from whisper_hf.__main__ import main
+from whisper_hf.commands import cache_signals as command
 from whisper_hf.distillation import DistillationTrainer, Manifest, StoredSignals, signal_writer, write_signals
-from whisper_hf.distillation import __main__ as command
 from whisper_hf.distillation.stored_signals import MANIFEST
 
 from ..conftest import SIZES, VOCABULARY, tiny_model
@@ -374,7 +373,7 @@ def test_writing_goes_on_where_it_stopped(kind, cause, teacher, dataset, tmp_pat
         with pytest.raises(OSError, match="out of"):
             write(teacher, dataset, tmp_path / "parts", **options)
     assert [path.name for path in (tmp_path / "parts").glob("part-*")] == ["part-000000"]
-    with pytest.raises(ValueError, match=r"holds signals of 4 examples, expected 12; run the same `cache` command"):
+    with pytest.raises(ValueError, match=r"signals of 4 examples, expected 12; run the same `cache-signals` command"):
         StoredSignals(tmp_path / "parts")
     calls |= {"made": 0, "allowed": 1 + 2 * 2}  # nothing is computed twice
     assert write(teacher, dataset, tmp_path / "parts", **options) == whole
@@ -687,11 +686,8 @@ def cache(teacher_folder, tmp_path, monkeypatch) -> Callable[..., StoredSignals]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def run(data: Path, output: Path, *options: object) -> StoredSignals:
-        arguments = ["cache", "--teacher", teacher_folder, "--dataset", data, "--output", output, *options]
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["distillation", *map(str, arguments)])
-            patch.delitem(sys.modules, command.__name__)
-            runpy.run_module("whisper_hf.distillation", run_name="__main__")
+        arguments = ["cache-signals", "--teacher", teacher_folder, "--dataset", data, "--output", output, *options]
+        assert main([str(argument) for argument in arguments]) == 0
         return StoredSignals(output)
 
     return run
@@ -775,7 +771,28 @@ def test_unknown_split_and_column_are_refused(dataset, tokenizer, tmp_path) -> N
 
 
 def test_the_command_answers_mistakes_with_a_message(cache, text_file, tmp_path, capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cache(text_file, tmp_path / "signals", "--top-k", 500)
-    assert stopped.value.code == 2
-    assert f"between 1 and {ALL_BUT_ONE} stored tokens, got 500" in capsys.readouterr().err
+    for name, contents in {
+        "bytes.txt": b"\xff",
+        "empty.jsonl": b"",
+        "cut.jsonl": b'{"text": "a"}\n{"te',
+        "other.jsonl": f'{{"input_ids": [5, {PADDED}]}}'.encode(),
+    }.items():
+        (tmp_path / name).write_bytes(contents)
+    for data, options, words in (
+        (text_file, ("--top-k", 500), f"between 1 and {ALL_BUT_ONE} stored tokens, got 500"),
+        (text_file, ("--samples", 0), f"between 1 and {ALL_BUT_ONE} stored tokens, got 0"),
+        (text_file, ("--temperature", 0), "temperature must be positive and finite, got 0.0"),
+        (text_file, ("--temperature", "nan"), "temperature must be positive and finite, got nan"),
+        (text_file, ("--batch-size", 0), "argument --batch-size: expected a positive integer, got 0"),
+        (text_file, ("--max-length", -1), "argument --max-length: expected a positive integer, got -1"),
+        (text_file, ("--dtype", "nonsense"), "argument --dtype: invalid choice: 'nonsense'"),
+        (tmp_path / "bytes.txt", (), "must hold text in UTF-8, got: 'utf-8' codec can't decode byte 0xff"),
+        (tmp_path / "empty.jsonl", (), "must hold text, got an empty file"),
+        (tmp_path / "cut.jsonl", (), "must hold a JSON object on each line, got: JSON parse error"),
+        (tmp_path / "other.jsonl", (), f"token ids of the teacher, from 0 to {PADDED - 1}, got 5 to {PADDED}"),
+        (tmp_path / "missing", (), "missing"),
+    ):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            cache(data, tmp_path / "signals", *options)
+        assert words in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "signals", ignore_errors=True)

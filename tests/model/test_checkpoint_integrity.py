@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from whisper_hf import convert_checkpoint, student_from
+from whisper_hf import WhisperLMForCausalLM, convert_checkpoint, from_dense, student_from
+from whisper_hf.__main__ import main
+from whisper_hf.checkpoint_io import has_checksums
 from whisper_hf.distillation.teachers import load_teacher
-from whisper_hf.model.checkpoint_integrity import CHECKSUMS
+from whisper_hf.model import checksums
+from whisper_hf.model.checksums import CHECKSUMS, RENEW, write_checksums
 from whisper_hf.quantization import quantize
-from whisper_hf.quantization.__main__ import main as quantization_command
 
 from ..conftest import SIZES, tiny_model, tokens
 
@@ -40,7 +43,7 @@ def edit_tensors(edit: Callable[[dict], object]) -> Callable[[Path], None]:
         tensors = load_file(file)
         edit(tensors)
         save_file(tensors, file, {"format": "pt"})
-        (folder / CHECKSUMS).unlink(missing_ok=True)
+        renew_checksums(folder)
 
     return damage
 
@@ -52,9 +55,15 @@ def edit_index(edit: Callable[[dict, str], object]) -> Callable[[Path], None]:
         index = json.loads((folder / INDEX).read_text())
         edit(index, first_file(folder).name)
         (folder / INDEX).write_text(json.dumps(index))
-        (folder / CHECKSUMS).unlink(missing_ok=True)
+        renew_checksums(folder)
 
     return damage
+
+
+def renew_checksums(folder: Path) -> None:
+    """Let the checksums agree with the files, if the folder has checksums."""
+    if (folder / CHECKSUMS).exists():
+        write_checksums(folder)
 
 
 def edit_bytes(edit: Callable[[bytearray], object]) -> Callable[[Path], None]:
@@ -194,8 +203,8 @@ def test_damage_is_named_by_loading_converting_and_quantizing(layout, name, dama
 def test_commands_say_it_without_a_traceback(saved, tmp_path, capsys) -> None:
     shutil.copytree(saved["dense"], tmp_path / "dense")
     edit_tensors(shorten)(tmp_path / "dense")
-    with pytest.raises(SystemExit):
-        quantization_command([str(tmp_path / "dense"), str(tmp_path / "target"), "--recipe", "nf4", "--no-comparison"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["quantize", str(tmp_path / "dense"), str(tmp_path / "target"), "--recipe", "nf4", "--no-comparison"])
     assert "do not fit its config: lm_head.weight must have the shape (120, 32)" in capsys.readouterr().err
 
 
@@ -213,7 +222,7 @@ def test_numbers_that_are_none_are_not_converted_or_quantized(edit, words, saved
         assert not (tmp_path / "target").exists()
 
 
-def test_every_flipped_bit_is_noticed(saved, tmp_path) -> None:
+def test_every_flipped_bit_is_noticed_by_verification(saved, tmp_path, capsys) -> None:
     """In header, weights and index, whether the folder was written by saving, converting or quantizing."""
     convert_checkpoint(saved["sparse"], tmp_path / "dense", dense=True)
     quantize(saved["sparse"], tmp_path / "int8", "int8-cpu", text=None)
@@ -227,18 +236,135 @@ def test_every_flipped_bit_is_noticed(saved, tmp_path) -> None:
                 flip(bit)(changed)
                 file.write_bytes(changed)
                 with pytest.raises(ValueError, match=r"is not the file that was saved|must"):
-                    load_teacher(folder, None)
+                    load_teacher(folder, {"verify_checksums": True})
+                capsys.readouterr()
+                assert main(["verify", str(folder)]) == 1
+                assert f"{file.name}: CHANGED, expected the SHA-256 " in capsys.readouterr().out
             file.write_bytes(contents)
-        load_teacher(folder, None)
+        load_teacher(folder, {"verify_checksums": True})
+        assert main(["verify", str(folder)]) == 0
+
+
+def test_converting_and_quantizing_verify_their_source(saved, tmp_path, capsys) -> None:
+    """A changed byte inside a weight, in a source that has checksums."""
+    convert_checkpoint(saved["sparse"], tmp_path / "dense", dense=True)
+    for name in ("dense", "sparse"):
+        folder = tmp_path / name
+        if name == "sparse":
+            shutil.copytree(saved["sparse"], folder)
+        edit_bytes(lambda contents: flip(8 * (len(contents) - 9))(contents))(folder)
+    sparse, dense, target = tmp_path / "sparse", tmp_path / "dense", tmp_path / "target"
+    for enter in (
+        lambda: convert_checkpoint(dense, target),
+        lambda: convert_checkpoint(sparse, target, dense=True),
+        lambda: quantize(sparse, target, "int8-cpu", text=None),
+        lambda: quantize(dense, target, "int8-cpu"),
+        lambda: from_dense(dense, verify_checksums=True),
+        lambda: AutoModelForCausalLM.from_pretrained(sparse, verify_checksums=True),
+        lambda: WhisperLMForCausalLM.from_pretrained(sparse, verify_checksums=True),
+    ):
+        with pytest.raises(ValueError, match=r"model.safetensors is not the file that was saved: expected the SHA-256"):
+            enter()
+        assert not target.exists()
+    for command in (["convert", str(dense)], ["quantize", str(dense), "--recipe", "nf4"]):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main([*command, str(target)])
+        assert "is not the file that was saved" in capsys.readouterr().err
+        assert not target.exists()
+    assert has_checksums(dense)
+    assert not has_checksums(dense, use_safetensors=False)  # which lists other files, if any
+    for enter in (lambda: AutoModelForCausalLM.from_pretrained(sparse), lambda: load_teacher(dense, None)):
+        assert enter().config.num_hidden_layers == 2  # as any other library would load it
+
+
+@pytest.mark.parametrize("layout", ["sparse", "sparse in shards"])
+def test_only_verification_hashes(layout, saved, tmp_path, count_calls, tokenizer) -> None:
+    """Each file once, also where a command loads its source twice."""
+    folder, dense = saved[layout], tmp_path / "dense"
+    convert_checkpoint(folder, dense, dense=True)
+    tokenizer.save_pretrained(dense)
+    files, dense_files = (list(path.glob("*.safetensors*")) for path in (folder, dense))
+    hashed = count_calls(checksums, "digest_file")
+    AutoModelForCausalLM.from_pretrained(folder)
+    WhisperLMForCausalLM.from_pretrained(folder)
+    AutoModelForSequenceClassification.from_pretrained(folder)
+    load_teacher(folder, None)
+    student_from(folder, layers=[0])
+    from_dense(dense)
+    assert hashed == []
+    for enter, expected in (
+        (lambda: AutoModelForCausalLM.from_pretrained(folder, verify_checksums=True), files),
+        (lambda: WhisperLMForCausalLM.from_pretrained(folder, verify_checksums=True), files),
+        (lambda: AutoModelForSequenceClassification.from_pretrained(folder, verify_checksums=True), files),
+        (lambda: load_teacher(folder, {"verify_checksums": True}), files),
+        (lambda: from_dense(dense, verify_checksums=True), dense_files),
+        (lambda: main(["verify", str(folder)]), files),
+        (lambda: convert_checkpoint(dense, tmp_path / "target"), [*dense_files, "of the target"]),
+        (lambda: quantize(dense, tmp_path / "compared", "int8-cpu"), [*dense_files, "of the target"]),
+        (lambda: quantize(dense, tmp_path / "int8", "int8-cpu", text=None), [*dense_files, "of the target"]),
+    ):
+        hashed.clear()
+        enter()
+        assert len(hashed) == len(expected)
+
+
+def test_the_option_to_verify_does_not_stay_in_the_model(saved, tmp_path) -> None:
+    for source, options in (
+        (AutoModelForCausalLM, {}),
+        (AutoModelForCausalLM, {"trust_remote_code": True}),
+        (AutoModelForCausalLM, {"config": tiny_model().config}),
+        (AutoModelForSequenceClassification, {}),
+        (AutoModel, {}),
+        (WhisperLMForCausalLM, {}),
+    ):
+        model = source.from_pretrained(saved["sparse"], verify_checksums=True, **options)
+        assert not hasattr(model.config, "verify_checksums")
+        model.save_pretrained(tmp_path)
+        assert "verify" not in (tmp_path / "config.json").read_text()
+
+
+def test_verification_needs_checksums_of_safetensors(saved, tmp_path) -> None:
+    shutil.copytree(saved["sparse"], tmp_path / "without")
+    (tmp_path / "without" / CHECKSUMS).unlink()
+    model = tiny_model()
+    for source, options, words in (
+        (tmp_path / "without", {}, ["without", "got none", f"`{RENEW}`"]),
+        (saved["sparse"], {"use_safetensors": False}, ["use_safetensors=False", "leave out verify_checksums"]),
+        (saved["sparse"], {"gguf_file": "model.gguf"}, ["'model.gguf'", "leave out verify_checksums"]),
+        (None, {"config": model.config, "state_dict": model.state_dict()}, ["got None", "leave out verify_checksums"]),
+    ):
+        with pytest.raises(ValueError, match=r"verify_checksums=True (needs|hashes)") as error:
+            WhisperLMForCausalLM.from_pretrained(source, verify_checksums=True, **options)
+        for word in words:
+            assert word in str(error.value)
 
 
 def test_checksums_are_of_the_last_saving_and_can_be_done_without(tmp_path) -> None:
     model, other = tiny_model(), tiny_model(num_hidden_layers=1)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     other.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 1
-    edit_tensors(spoil(0.5))(tmp_path)  # removes them
+    verified = AutoModelForCausalLM.from_pretrained(tmp_path, verify_checksums=True)
+    assert verified.config.num_hidden_layers == 1
+    (tmp_path / CHECKSUMS).unlink()
+    edit_tensors(spoil(0.5))(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.view(-1)[3] == 0.5
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="there is no sha256sum")
+@pytest.mark.parametrize("layout", ["sparse", "sparse in shards"])
+def test_checksums_are_those_of_sha256sum(layout, saved, tmp_path) -> None:
+    """It checks what we write, and the command that our errors recommend writes what we read."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved[layout], folder)
+    subprocess.run(["sha256sum", "--check", "--strict", CHECKSUMS], cwd=folder, check=True, capture_output=True)
+    written = (folder / CHECKSUMS).read_text()
+    (folder / CHECKSUMS).unlink()
+    edit_tensors(spoil(0.5))(folder)
+    subprocess.run(RENEW, shell=True, cwd=folder, check=True)
+    assert (folder / CHECKSUMS).read_text() != written
+    assert len((folder / CHECKSUMS).read_text().splitlines()) == len(written.splitlines())
+    loaded = AutoModelForCausalLM.from_pretrained(folder, verify_checksums=True)
+    assert (loaded.get_parameter(first_weight(load_file(first_file(folder)))).view(-1)[3] == 0.5).item()
 
 
 def test_symbolic_links_are_followed(saved, tmp_path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from whisper_hf import WhisperLMForCausalLM, convert_checkpoint, student_from
-from whisper_hf.conversion import main as conversion_command
+from whisper_hf.__main__ import main
 from whisper_hf.quantization import quantize
 
 from ..conftest import SIZES, tiny_config, tiny_model
@@ -113,8 +113,8 @@ def test_sizes_that_the_weights_do_not_have_are_never_allocated(values, words, f
 def test_conversion_refuses_hostile_configs_without_a_traceback(name, value, tmp_path, capsys) -> None:
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "dense")
     write(tmp_path / "dense", **{name: value})
-    with pytest.raises(SystemExit):
-        conversion_command([str(tmp_path / "dense"), str(tmp_path / "target")])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["convert", str(tmp_path / "dense"), str(tmp_path / "target")])
     assert name in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
 

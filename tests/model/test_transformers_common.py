@@ -60,7 +60,6 @@ NOT_APPLICABLE: dict[str, str] = {
     "test_internal_model_config_and_subconfig_are_same": "the config has no sub-config",
     "test_keep_in_fp32_modules*": "no module is kept in float32",
     "test_model_rope_with_partial_rotation": "RoPE rotates all of a head",
-    "test_model_weights_reload_no_missing_tied_weights": "puts other weights in a saved file, which its checksum tells",
     "test_moe_models_record_router_logits": "the model has no experts",
     "test_output_router_logits_from_config": "the model has no experts",
     "test_resize_position_vector_embeddings": "RoPE has no embeddings to resize",

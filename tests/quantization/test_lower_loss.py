@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from whisper_hf import Int8CpuConfig
+from whisper_hf.__main__ import main
 from whisper_hf.quantization import (
     compensate,
     layer_divergences,
@@ -19,7 +20,6 @@ from whisper_hf.quantization import (
     recipe,
     sensitivity,
 )
-from whisper_hf.quantization.__main__ import main
 from whisper_hf.quantization.report import divergence
 
 from ..conftest import tiny_model, tokens
@@ -126,7 +126,7 @@ def test_quantize_keeps_the_most_sensitive_layers(folder, tmp_path, name: str) -
 
 
 def test_command_line_keeps_layers(folder, tmp_path) -> None:
-    main([str(folder), str(tmp_path / "kept"), "--recipe", "int8-cpu", "--keep", "0.1"])
+    main(["quantize", str(folder), str(tmp_path / "kept"), "--recipe", "int8-cpu", "--keep", "0.1"])
     assert FRAGILE in json.loads((tmp_path / "kept" / quantized_checkpoint.REPORT).read_text())["sensitive"]
 
 

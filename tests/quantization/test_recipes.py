@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from transformers import (
 )
 
 from whisper_hf import Int8CpuConfig, WhisperLMForCausalLM
+from whisper_hf.__main__ import main
 from whisper_hf.quantization import (
     RECIPES,
     disable_cpu_repacking,
@@ -38,7 +37,6 @@ from whisper_hf.quantization import (
     recipe,
     recipes,
 )
-from whisper_hf.quantization.__main__ import main
 from whisper_hf.quantization.int8_linear import Int8Linear
 
 from ..conftest import LENGTH, SPARSE, tiny_model, tokens
@@ -528,14 +526,14 @@ def test_a_quantization_that_fails_half_way_leaves_nothing(folder, tmp_path, mon
 def test_command_line(folder, tokenizer, tmp_path_factory, tmp_path, capsys) -> None:
     folder = shutil.copytree(folder, tmp_path_factory.mktemp("source") / "model")
     tokenizer.save_pretrained(folder)
-    command = [sys.executable, "-m", "whisper_hf.quantization", str(folder), str(tmp_path / "nf4"), "--recipe", "nf4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "RuntimeWarning" not in done.stderr
-    assert [line in done.stderr.splitlines() for line in ("quantizing on cpu", "saving")] == [True, True]
-    assert "linear weights take 0.1" in done.stdout
+    assert main(["quantize", str(folder), str(tmp_path / "nf4"), "--recipe", "nf4", "--device", "cpu"]) == 0
+    written = capsys.readouterr()
+    assert [line in written.err.splitlines() for line in ("quantizing on cpu", "saving")] == [True, True]
+    assert "linear weights take 0.1" in written.out
     (tmp_path / "text").write_text("It is a truth universally acknowledged", encoding="utf-8")
+    (tmp_path / "empty").touch()
     shared = ["--recipe", "int8", "--text", str(tmp_path / "text"), "--device", "cpu"]
-    main([str(folder), str(tmp_path / "int8"), *shared])
+    main(["quantize", str(folder), str(tmp_path / "int8"), *shared])
     report = json.loads((tmp_path / "int8" / "quantization.json").read_text())
     assert 5 < report["comparison"]["tokens"] < 50
     assert "inputs will be cast" not in capsys.readouterr().err
@@ -543,12 +541,13 @@ def test_command_line(folder, tokenizer, tmp_path_factory, tmp_path, capsys) -> 
         ([str(tmp_path / "int8"), str(tmp_path / "twice"), *shared], "is quantized already"),
         ([str(folder), str(tmp_path / "int8"), *shared], "not an empty folder"),
         ([str(tmp_path / "missing"), str(tmp_path / "new"), *shared], "missing"),
+        ([str(folder), str(tmp_path / "new"), *shared[:2], "--text", str(tmp_path / "empty")], "must have tokens"),
     ):
         with pytest.raises(SystemExit) as error:
-            main(arguments)
+            main(["quantize", *arguments])
         assert error.value.code == 2
         assert words in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "nf4", "text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "int8", "nf4", "text"]
 
 
 def test_an_untouched_copy_keeps_its_weights(folder) -> None:

@@ -189,8 +189,29 @@ def test_checksums_on_the_hub_are_those_of_the_weights(hub, alice, stranger, fol
     for source in (folder, other_folder):
         alice.run(save_and_push, source=str(source), target=str(tmp_path / "both"))
         assert "SHA256SUMS" in hub.names("alice/both")
-        got = stranger.run(pull, repo_id="alice/both", ids=IDS, trust_remote_code=True)
+        got = stranger.run(pull, repo_id="alice/both", ids=IDS, trust_remote_code=True, verify_checksums=True)
         assert got["logits"] == expected(source)
+        assert alice.run(pull, repo_id="alice/both", ids=IDS, verify_checksums=True)["logits"] == expected(source)
+
+
+def test_weights_that_have_changed_on_the_hub_are_found_on_request(alice, stranger, folder, tmp_path) -> None:
+    def verify(repo_id: str) -> int:
+        from whisper_hf.__main__ import main
+
+        return main(["verify", repo_id])
+
+    shutil.copytree(folder, tmp_path / "changed")
+    contents = bytearray((tmp_path / "changed" / WEIGHTS).read_bytes())
+    contents[-9] ^= 1
+    (tmp_path / "changed" / WEIGHTS).write_bytes(contents)
+    alice.run(upload, folder=str(tmp_path / "changed"), repo_id="alice/changed")
+    for client, options in ((alice, {}), (stranger, {"trust_remote_code": True})):
+        client.run(pull, repo_id="alice/changed", ids=IDS, **options)
+        with pytest.raises(ClientError, match=rf"{WEIGHTS} is not the file that was saved"):
+            client.run(pull, repo_id="alice/changed", ids=IDS, verify_checksums=True, **options)
+    assert alice.run(verify, repo_id="alice/changed") == 1
+    alice.run(upload, folder=str(folder), repo_id="alice/changed")
+    assert alice.run(verify, repo_id="alice/changed") == 0
 
 
 def test_sharded_weights_come_back(hub, alice, stranger, folder) -> None:

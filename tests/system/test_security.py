@@ -18,16 +18,15 @@ from jinja2.exceptions import SecurityError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Trainer, TrainingArguments
 
 from whisper_hf import DistillationConfig, DistillationTrainer, convert_checkpoint, from_dense, serving, student_from
+from whisper_hf.__main__ import main
 from whisper_hf.distillation import StoredSignals, write_signals
-from whisper_hf.distillation.__main__ import parser
 from whisper_hf.quantization import quantize
-from whisper_hf.quantization.__main__ import main as quantization_command
 
 from ..conftest import ROOT, SIZES, tiny_model, tokens
 
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\nraise RuntimeError('this code ran')\n"
 CLASSES = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
-ALWAYS = {*CLASSES, "quantize", "quantization", "serve", "student_from", "cache", "distil"}
+ALWAYS = {*CLASSES, "quantize", "quantize command", "serve", "student_from", "cache-signals command", "distil"}
 
 
 @pytest.fixture
@@ -85,7 +84,6 @@ def entries(folder: Path, target: Path) -> dict[str, Callable[[], object]]:
         "--top-k",
         "4",
     ]
-    cache_options = parser().parse_args(["cache", *cache])
     rows = Dataset.from_dict({"input_ids": tokens().tolist(), "labels": tokens().tolist()})
     settings = DistillationConfig(str(target), use_cpu=True, report_to="none")
     return {
@@ -96,12 +94,13 @@ def entries(folder: Path, target: Path) -> dict[str, Callable[[], object]]:
         "convert_checkpoint": lambda: convert_checkpoint(folder, target / "a"),
         "convert_checkpoint back": lambda: convert_checkpoint(folder, target / "b", dense=True),
         "quantize": lambda: quantize(folder, target / "c", "int8-cpu", text=None),
-        "quantization": lambda: quantization_command([str(folder), str(target / "d"), "--recipe", "int8-cpu"]),
+        "convert command": lambda: main(["convert", str(folder), str(target / "f")]),
+        "quantize command": lambda: main(["quantize", str(folder), str(target / "d"), "--recipe", "int8-cpu"]),
         "serve": lambda: serving.ModelManager(device="cpu", force_model=str(folder)).load_model_and_processor(
             str(folder)
         ),
         "student_from": lambda: student_from(folder, layers=[0]),
-        "cache": lambda: cache_options.run(cache_options),
+        "cache-signals command": lambda: main(["cache-signals", *cache]),
         "distil": lambda: DistillationTrainer(tiny_model(), str(folder), settings, train_dataset=rows),
     }
 
@@ -110,7 +109,7 @@ def entries(folder: Path, target: Path) -> dict[str, Callable[[], object]]:
     ("model_type", "opened_as_data"),
     [
         ("whisper_lm", {*ALWAYS, "convert_checkpoint back"}),
-        ("llama", {*ALWAYS, "from_dense", "convert_checkpoint"}),
+        ("llama", {*ALWAYS, "from_dense", "convert_checkpoint", "convert command"}),
         ("evil_lm", set()),
     ],
 )

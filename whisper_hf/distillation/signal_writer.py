@@ -1,6 +1,7 @@
 """Running a teacher over a data set, and writing what it predicts; `stored_signals.py` says how it is stored."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model.checkpoint_integrity import write_checksums
+from ..model.checksums import write_checksums
 from ..objectives import Head, Probabilities
 from .head_replacement import HeadReplacement
 from .stored_signals import MANIFEST, Manifest, data_digest, tokenizer_digest
@@ -56,8 +57,8 @@ def write_signals(
         the [`Manifest`].
 
     Raises:
-        ValueError: a teacher in training mode, an unknown kind, more tokens than the teacher has, data without
-            tokens, or a folder with signals of something else.
+        ValueError: a teacher in training mode, an unknown kind, more tokens than the teacher has, a temperature that is
+            not positive, data without tokens or with tokens beyond the teacher's, or a folder with other signals.
     """
     from tqdm.auto import tqdm
 
@@ -70,6 +71,8 @@ def write_signals(
         raise ValueError(f"unknown kind of signals {kind!r}; expected top or samples")
     if not 0 < count < vocabulary:
         raise ValueError(f"expected between 1 and {vocabulary - 1} stored tokens, got {count}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     digest, examples, tokens = data_digest(dataset)
     manifest = Manifest(
         kind=kind,
@@ -137,7 +140,14 @@ def _signals(
     """Return the signals of some examples, column by column."""
     columns: dict[str, list[np.ndarray]] = {}
     generator = torch.Generator(teacher.device).manual_seed(seed)
+    known = len(teacher.get_input_embeddings().weight)
     for batch, lengths in _batches(rows, batch_size):
+        least, most = int(batch["input_ids"].min()), int(batch["input_ids"].max())
+        if least < 0 or most >= known:
+            raise ValueError(
+                f"the data must have token ids of the teacher, from 0 to {known - 1}, got {least} to {most}; tokenize "
+                "it with the teacher's tokenizer"
+            )
         inputs = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
         found: dict[str, Tensor] = {}
 

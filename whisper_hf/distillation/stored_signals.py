@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..model.checkpoint_integrity import CHECKSUMS, refuse_changed
+from ..model.checksums import CHECKSUMS, refuse_changed
 from ..model.labels import IGNORED
 
 MANIFEST = "signals.json"
@@ -118,20 +118,18 @@ class StoredSignals:
         self.manifest = _manifest(self.folder / MANIFEST)
         parts = []
         for part in sorted(self.folder.glob("part-*")):
-            if (part / CHECKSUMS).is_file():  # older ones have none
-                refuse_changed(part / CHECKSUMS, sorted(part.glob("*.arrow")))
+            remedy = f"delete {part} and run the same `cache-signals` command again"
+            if (part / CHECKSUMS).is_file():  # older folders have no such file
+                refuse_changed(part / CHECKSUMS, sorted(part.glob("*.arrow")), remedy)
             try:
                 parts.append(datasets.load_from_disk(str(part)))
             except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's and json's among them
-                raise ValueError(
-                    f"{part} must be a data set of stored signals, got {error!r}; delete it and run the same `cache` "
-                    "command again"
-                ) from error
+                raise ValueError(f"{part} must be a data set of stored signals, got {error!r}; {remedy}") from error
         found = sum(len(part) for part in parts)
         if found != self.manifest.examples:
             raise ValueError(
-                f"{folder} holds signals of {found} examples, expected {self.manifest.examples}; run the same `cache` "
-                "command again, which goes on where it stopped"
+                f"{folder} holds signals of {found} examples, expected {self.manifest.examples}; run the same "
+                "`cache-signals` command again, which resumes where it stopped"
             )
         self.rows = datasets.concatenate_datasets(parts).with_format("numpy")
 
@@ -149,7 +147,7 @@ class StoredSignals:
             if expected != got:
                 raise ValueError(
                     f"the signals in {self.folder} were made with another {what}: expected {expected}, got {got}; make "
-                    "new ones with `python -m whisper_hf.distillation cache`, or train on the data they belong to"
+                    "new ones with `whisper-hf cache-signals`, or train on the data they belong to"
                 )
 
     def columns(self, rows: list[int]) -> dict[str, list[np.ndarray]]:

@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):
         model (`PreTrainedModel`): the student, also one wrapped by peft.
         teacher (`PreTrainedModel`, `str` or `Path`): a model, also a quantized one, which is frozen and moved to the
             student's device; the path or Hub id of one; or a folder of stored signals
-            (`python -m whisper_hf.distillation cache`).
+            (`whisper-hf cache-signals`).
         args ([`DistillationConfig`]): the Trainer's arguments and the losses.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's tokenizer, by default that
             beside a teacher; compared with `processing_class`.

@@ -11,18 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Weights that are all there and as they were saved, or a `ValueError` that says which file to get again.
+"""Load weights only if all of them are there, or raise a `ValueError` that says which file to get again.
 
-transformers reads what it finds, from wherever an index points, and makes the rest up at random, with a warning.
-safetensors notices a damaged header but not a damaged weight, so checkpoints saved by this package carry `SHA256SUMS`,
-in the format of `sha256sum -c`.
+transformers reads what it finds, from wherever an index points, and initializes missing weights at random, with a
+warning. Here each loading checks what is cheap to check: that every file is whole, that its header and the index name
+the expected weights, and that their shapes fit the config. safetensors does not notice a changed byte inside a weight.
+`verify_checksums=True` does, by hashing every file and comparing `SHA256SUMS`, which this package writes when it saves.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -39,10 +38,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files
 
-CHECKSUMS = "SHA256SUMS"
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+from .checksums import AGAIN, CHECKSUMS, RENEW, refuse_changed
+
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-AGAIN = "download it again (`hf download --force-download`), or save it again"
 
 
 class ShapeMismatchError(ValueError, RuntimeError):
@@ -51,8 +49,8 @@ class ShapeMismatchError(ValueError, RuntimeError):
     def __init__(self, source: Any, name: str, expected: Iterable[int], got: Iterable[int]) -> None:
         super().__init__(
             f"the weights of {str(source)!r} do not fit its config: {name} must have the shape {tuple(expected)}, got "
-            f"{tuple(got)}; mend config.json, or save the model again, or, to train new weights in their place, pass "
-            "ignore_mismatched_sizes=True"
+            f"{tuple(got)}; correct config.json, or save the model again, or, to train new weights in their place, "
+            "pass ignore_mismatched_sizes=True"
         )
 
 
@@ -73,6 +71,7 @@ def load_intact(
     may_be_new: tuple[str, ...] = (),
     shapes: Callable[[], dict[str, torch.Size]] | None = None,
     finite: bool = False,
+    verify_checksums: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Call a `from_pretrained`, and return what it returns, unless weights are missing or damaged.
@@ -86,17 +85,24 @@ def load_intact(
         may_be_new: beginnings of the names of weights that need not be in the checkpoint, such as a classifier's.
         shapes: returns those of the model's weights by name, to be compared before anything is allocated for them.
         finite: also refuse integers, infinities and NaN, which takes the time of reading everything.
+        verify_checksums: also hash the files and compare `SHA256SUMS`, which takes a second per gigabyte and core.
 
     Raises:
         ValueError: what [`intact_files`] refuses; pickled weights; a weight that is missing, or not finite, or, without
-            `ignore_mismatched_sizes`, of another shape.
+            `ignore_mismatched_sizes`, of another shape; checksums to verify for files that are not safetensors.
         OSError: no safetensors.
     """
     if kwargs.get("output_loading_info"):
         may_be_new = ("",)
-    if kwargs.get("gguf_file") is None and kwargs.get("use_safetensors") is not False:
+    is_safetensors = kwargs.get("gguf_file") is None and kwargs.get("use_safetensors") is not False
+    if verify_checksums and not is_safetensors:
+        raise ValueError(
+            f"verify_checksums=True hashes safetensors, got gguf_file={kwargs.get('gguf_file')!r} and use_safetensors="
+            f"{kwargs.get('use_safetensors')}; leave out verify_checksums, and check these files with `sha256sum -c`"
+        )
+    if is_safetensors:
         kwargs["use_safetensors"] = True
-        files = intact_files(source, **kwargs)
+        files = intact_files(source, verify_checksums=verify_checksums, **kwargs)
         pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if not files and Path(source, name).is_file()]
         if pickled:
             raise ValueError(
@@ -117,35 +123,37 @@ def load_intact(
     return (model, found) if kwargs.get("output_loading_info") else model
 
 
-def intact_files(source: str | os.PathLike, *, variant: str | None = None, **options: Any) -> list[Path]:
+def intact_files(
+    source: str | os.PathLike, *, variant: str | None = None, verify_checksums: bool = False, **options: Any
+) -> list[Path]:
     """Find the files of weights of a folder or Hub id, download them if need be, and check them.
 
     Args:
         source: folder or Hub id.
         variant: as for `from_pretrained`.
+        verify_checksums: hash the files, and compare the digests in `SHA256SUMS`.
         options: those of `from_pretrained` that say where to look; others are ignored.
 
     Returns:
         paths of safetensors; none where the source has none in the usual place.
 
     Raises:
-        ValueError: an index that is none, that leads out of the checkpoint, or names a weight that is not in its file;
-            a missing, truncated or garbled file; or contents that `SHA256SUMS` contradicts.
+        ValueError: an index that is not one, that leads out of the checkpoint, or names a weight that is not in its
+            file; a missing, truncated or garbled file. With `verify_checksums` also contents that `SHA256SUMS`
+            contradicts, or a source without this file.
     """
-    where = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False, **where}
     single, index_name = (
         name if variant is None else name.replace(".safetensors", f".{variant}.safetensors")
         for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )
-    file = cached_file(source, single, **quiet)
-    index = None if file is not None else cached_file(source, index_name, **quiet)
+    file = find_file(source, single, **options)
+    index = None if file is not None else find_file(source, index_name, **options)
     if file is not None:
-        files: dict[Path, set[str]] = {Path(file): set()}
+        files: dict[Path, set[str]] = {file: set()}
     elif index is not None:
-        weight_map = _weight_map(Path(index))
+        weight_map = _weight_map(index)
         names = sorted(set(weight_map.values()))
-        paths = _shards(source, names, where)
+        paths = _shards(source, names, _hub_options(options))
         files = {
             path: {weight for weight, shard in weight_map.items() if shard == name}
             for name, path in zip(names, paths, strict=True)
@@ -154,10 +162,41 @@ def intact_files(source: str | os.PathLike, *, variant: str | None = None, **opt
         return []
     for path, weights in files.items():
         _refuse_garbled(path, weights)
-    sums = cached_file(source, CHECKSUMS, **quiet)
-    if sums is not None:
-        refuse_changed(Path(sums), [*files, *([Path(index)] if index else [])])
+    if verify_checksums:
+        sums = find_file(source, CHECKSUMS, **options)
+        if sums is None:
+            raise ValueError(
+                f"verify_checksums=True needs a file {CHECKSUMS} beside the weights of {str(source)!r}, got none; "
+                f"leave verify_checksums out, or, if you trust these weights, write it in their folder: `{RENEW}`"
+            )
+        refuse_changed(sums, [*files, *([index] if index else [])])
     return list(files)
+
+
+def find_file(source: str | os.PathLike, name: str, **options: Any) -> Path | None:
+    """Return the path of a file of a folder or Hub id, downloaded if need be; `None` where it does not exist.
+
+    Args:
+        source: folder or Hub id.
+        name: of the file.
+        options: those of `from_pretrained` that say where to look; others are ignored.
+
+    Raises:
+        OSError: no such folder or Hub id.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    found = cached_file(source, name, **quiet, **_hub_options(options))
+    return None if found is None else Path(found)
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+
+
+def leads_out(name: str) -> bool:
+    """Tell whether a name that a checkpoint gives for one of its files leads out of the checkpoint's folder."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return parts.is_absolute() or bool(PureWindowsPath(name).drive) or ".." in parts.parts
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -171,8 +210,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             f"{index} must be JSON with `metadata` and a `weight_map` of names and files, got {error!r}; {AGAIN}"
         ) from error
     for shard in shards:
-        parts = PurePosixPath(str(shard).replace("\\", "/"))
-        if not isinstance(shard, str) or parts.is_absolute() or PureWindowsPath(shard).drive or ".." in parts.parts:
+        if not isinstance(shard, str) or leads_out(shard):
             raise ValueError(
                 f"{index} must name files in its own folder, got {shard!r}; do not use this checkpoint: reading what "
                 "lies elsewhere on this machine is no accident"
@@ -233,32 +271,3 @@ def _refuse_non_finite(files: Iterable[Path]) -> None:
                         f"{path} must hold finite floating-point numbers, got {name} of {weight.dtype} with "
                         f"{weight.numel() - int(weight.float().isfinite().sum())} that are not finite; {AGAIN}"
                     )
-
-
-def write_checksums(folder: str | os.PathLike, patterns: Iterable[str] = WEIGHT_FILES) -> None:
-    """Write `SHA256SUMS` for files in a folder; `sha256sum -c SHA256SUMS` checks them without this package."""
-    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
-    lines = [f"{digest}  {file.name}\n" for file, digest in zip(files, _digests(files), strict=True)]
-    Path(folder, CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def refuse_changed(sums: Path, files: list[Path]) -> None:
-    """Raise a `ValueError` for a file that is not as it was when the sums were written."""
-    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for file, digest in zip(files, _digests(files), strict=True):
-        if expected.get(file.name) != digest:
-            raise ValueError(
-                f"{file} is not the file that was saved: expected the SHA-256 {expected.get(file.name)} of {sums}, got "
-                f"{digest}; {AGAIN}, or, if it was changed on purpose, delete {CHECKSUMS}"
-            )
-
-
-def _digests(files: Iterable[Path]) -> list[str]:
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        return list(pool.map(_digest, files))
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

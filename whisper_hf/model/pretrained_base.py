@@ -27,7 +27,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from .attention import MASKED_SPARSE
-from .checkpoint_integrity import CHECKSUMS, load_intact, weight_shapes, write_checksums
+from .checkpoint_integrity import load_intact, weight_shapes
+from .checksums import CHECKSUMS, write_checksums
 from .configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 
 ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
@@ -89,18 +90,35 @@ class CheckedPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but only weights that are whole; 4-bit ones then stay as they are loaded.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        verify_checksums: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load as transformers does, but only weights that are whole; 4-bit weights then stay as they are loaded.
 
-        On CPUs with AVX512-BF16, bitsandbytes (0.50.2) rearranges them when they are first used without gradients, for
-        a faster product with few rows; saved, dequantized or trained on after that, they are wrong.
+        A truncated or missing file and a weight of another shape are always found. A changed byte inside a weight is
+        found with `verify_checksums=True`, which hashes all files, for a second per gigabyte and core.
+
+        On CPUs with AVX512-BF16, bitsandbytes (0.50.2) rearranges 4-bit weights when they are first used without
+        gradients, for a faster product with few rows; saved, dequantized or trained on after that, they are wrong.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id; `None` for weights from memory.
+            verify_checksums: compare the files with the `SHA256SUMS` beside them.
+            args, kwargs: as for transformers' own method.
 
         Raises:
-            ValueError: weights that are damaged, missing or of another shape: see [`load_intact`].
+            ValueError: weights that are damaged, missing or of another shape (see [`load_intact`]), or, with
+                `verify_checksums`, that have changed since they were saved or have no `SHA256SUMS`.
             OSError: no such checkpoint.
         """
         source, load = pretrained_model_name_or_path, super().from_pretrained
-        if source is None:  # weights from memory
+        if source is None:
+            if verify_checksums:
+                raise ValueError("verify_checksums=True needs a folder or Hub id, got None; leave out verify_checksums")
             loaded = load(None, *args, **kwargs)
         else:
 
@@ -110,7 +128,15 @@ class CheckedPreTrainedModel(PreTrainedModel):
                     config, _ = cls.config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
                 return weight_shapes(cls, config)
 
-            loaded = load_intact(load, source, *args, may_be_new=cls._may_be_new, shapes=shapes, **kwargs)
+            loaded = load_intact(
+                load,
+                source,
+                *args,
+                may_be_new=cls._may_be_new,
+                shapes=shapes,
+                verify_checksums=verify_checksums,
+                **kwargs,
+            )
         keep_4bit_arrangement(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..checkpoint_io import load_causal_lm, load_config, new_folder, save_tokenizer
+from ..checkpoint_io import has_checksums, load_causal_lm, load_config, new_folder, save_tokenizer
 from .recipes import QuantizationConfig, disable_cpu_repacking, dtype_of, resolve, usable_device
 from .report import compare, kept, linear_weights, logits
 from .sensitivity import check_share, keep_layers, layer_divergences, most_sensitive
@@ -49,6 +49,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Write a quantized checkpoint with tokenizer, generation config and a report; all of it or nothing.
 
+    The weights of the source are verified against its `SHA256SUMS`, if it has this file.
+
     Args:
         source: folder or Hub id of a causal language model of any family.
         target: the folder to write; it must not exist, or be empty.
@@ -71,9 +73,10 @@ def quantize(
         often the likeliest token is the same (ratio in [0, 1]).
 
     Raises:
-        ValueError: an unknown recipe, a source that is quantized, has an adapter or lies in memory, a target that holds
-            something, a device on which the recipe does not run, a share outside its range, a text or a share without
-            tokenizer, or a model without linear layers.
+        ValueError: an unknown recipe, a source that is quantized, has an adapter or lies in memory, weights that have
+            changed since they were saved, a target that holds something, a device on which the recipe does not run, a
+            share outside its range, a text or a share without tokenizer, a text without tokens, or a model without
+            linear layers.
         ImportError: no bitsandbytes, where it is needed.
     """
     say = progress or (lambda line: None)
@@ -81,6 +84,7 @@ def quantize(
     quantization = copy.deepcopy(resolve(recipe, dtype_of(config.dtype if dtype == "auto" else dtype)))
     device = usable_device(quantization, device)
     check_share(keep)
+    verify = has_checksums(source, **hub_kwargs)
     options = {"dtype": dtype, "device_map": {"": device}, **hub_kwargs}
     report: dict[str, Any] = {"source": str(source), "recipe": recipe if isinstance(recipe, str) else "custom"}
     with new_folder(target) as folder:
@@ -91,7 +95,7 @@ def quantize(
         sensitive: dict[str, float] = {}
         if ids is not None:
             say("running the source")
-            model = load_causal_lm(source, finite=True, **options)
+            model = load_causal_lm(source, finite=True, verify_checksums=verify, **options)
             before = logits(model, ids)
             if keep:
                 divergences = layer_divergences(model, quantization, ids)
@@ -99,7 +103,8 @@ def quantize(
                 keep_layers(model, quantization, list(sensitive))
             del model
         say(f"quantizing on {device}")
-        model = load_causal_lm(source, finite=ids is None, quantization_config=quantization, **options)
+        checks = {} if ids is not None else {"finite": True, "verify_checksums": verify}  # once is enough
+        model = load_causal_lm(source, quantization_config=quantization, **checks, **options)
         settings = quantization.to_diff_dict()
         report["quantization_config"] = {key: value for key, value in settings.items() if not key.startswith("_")}
         report |= {"linear_weights": linear_weights(model, sensitive), "kept": kept(model), "sensitive": sensitive}
@@ -120,7 +125,12 @@ def _read(text: str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor
     """Return the tokens to compare on, `[1, T]`."""
     if text is None or tokenizer is None:
         return None
-    return tokenizer(text, return_tensors="pt")["input_ids"][:, :COMPARED_TOKENS]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :COMPARED_TOKENS]
+    if not ids.numel():
+        raise ValueError(
+            f"the text to measure on must have tokens, got {text[:20]!r}, which has none; give another text"
+        )
+    return ids
 
 
 def _source_config(source: Any, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
