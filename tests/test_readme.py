@@ -1,7 +1,9 @@
 """Every README stays true: its snippets run, its links lead somewhere, and the names in it exist."""
 
+import argparse
 import importlib
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from urllib.parse import unquote
@@ -9,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from whisper_hf.__main__ import COMMANDS, TOOLS
 from whisper_hf.conversion import FAMILIES
 from whisper_hf.objectives import DIVERGENCES
 from whisper_hf.quantization import RECIPES
@@ -118,6 +121,28 @@ def test_python_names_exist(folder: str) -> None:
             if not hasattr(found, part):
                 importlib.import_module(path)
             found = getattr(found, part)
+
+
+def test_commands_parse() -> None:
+    blocks = [block for text in READMES.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[:1] == ["whisper-hf"]]
+    assert commands
+    for name, *arguments in commands:
+        assert name in COMMANDS
+        if name not in TOOLS:
+            parser = argparse.ArgumentParser()
+            importlib.import_module(f"whisper_hf.commands.{name.replace('-', '_')}").add_arguments(parser)
+            parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("folder", READMES)
+def test_commands_named_exist(folder: str) -> None:
+    assert set(re.findall(r"whisper-hf ([a-z][\w-]*)", READMES[folder])) <= set(COMMANDS)
+
+
+def test_the_guide_names_every_command() -> None:
+    assert {name for name in COMMANDS if f"| `{name} " not in READMES["whisper_hf"]} == set()
 
 
 @pytest.mark.parametrize(
