@@ -81,6 +81,7 @@ def test_everything_the_code_needs_is_saved_with_it(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     shipped = {path.name for path in Path(whisper_hf.model.__file__).parent.glob("*.py")} - {"__init__.py"}
     assert {path.name for path in tmp_path.glob("*.py")} == shipped
+    assert list(tmp_path.glob("*.md")) == []  # the guide beside the code stays behind
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {
         "AutoConfig",

@@ -340,7 +340,7 @@ DIRECT_DEPENDENCIES = {  # the packages that they depend on belong to them
 }
 
 
-def test_the_licence_of_every_direct_dependency_is_known_and_permissive() -> None:
+def test_the_licence_of_every_direct_dependency_is_known_and_only_one_is_gpl() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = project["dependencies"]
     optional = [line for lines in project["optional-dependencies"].values() for line in lines]
