@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..model.repetition_loss import IGNORED, without_adapter
-from ..objectives.published import repeated_ngrams, sequence_unlikelihood
+from ..objectives.unlikelihood import repeated_ngrams, sequence_unlikelihood
 from ..training.generation import continue_prompts
 from .metrics import sequence_repetition
 
