@@ -42,7 +42,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import MASKED_SPARSE, cache_kwargs, explicit_mask, layout_from_inputs, refuse_unsupported
+from .attention import cache_kwargs, explicit_mask, layout_from_inputs, refuse_unsupported
 from .attention_reference import eager_attention_forward
 from .cache import DynamicMaskedSparseLayer, StaticMaskedSparseLayer  # noqa: F401 (importing registers them)
 from .cache_quantized import QuantizedSparseCache
@@ -55,7 +55,7 @@ from .configuration_whisper_lm import (
 )
 from .int8_rows import unpack
 from .model_inputs import embed, items_in_batch, refuse_empty, warn_beyond, without_padding
-from .pretrained_base import ENGINES, EXPLICIT_MASKS, CheckedPreTrainedModel
+from .pretrained_base import EXPLICIT_MASKS, CheckedPreTrainedModel
 from .repetition_loss import use_diversity
 
 INT8_CACHE = {"backend": "int8"}  # our own quantized cache, in terms of generate's `cache_config`
@@ -254,15 +254,6 @@ class WhisperLMPreTrainedModel(CheckedPreTrainedModel):
     }
 
 
-def _refuse_beside_an_engine(**options: Any) -> None:
-    given = [name for name, value in options.items() if value is not None and value is not False]
-    if given:
-        raise ValueError(
-            f"the attention of an engine keeps keys and sequences apart by itself, got {', '.join(given)}; pass "
-            f"use_cache=False and no mask or cache, or load the model with attn_implementation={MASKED_SPARSE!r}"
-        )
-
-
 class WhisperLMModel(WhisperLMPreTrainedModel):
     """The decoder without a head: token ids to hidden states."""
 
@@ -322,10 +313,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         refuse_empty(inputs_embeds)
 
         # the layout before the cache: packed documents are told apart only where nothing is cached
-        if self.config._attn_implementation in ENGINES:
-            _refuse_beside_an_engine(attention_mask=attention_mask, cache=cache, use_cache=use_cache)
-            masks = dict.fromkeys(LAYER_TYPES)
-        elif isinstance(attention_mask, dict):
+        if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
             layout = layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids, self.first_layer)
