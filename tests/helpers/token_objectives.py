@@ -136,7 +136,7 @@ def check_memory(objective: Callable, options: dict[str, Any]) -> None:
 
 
 def check_half_precision(objective: Callable, options: dict[str, Any]) -> None:
-    """Compute from bfloat16 under autocast: the loss is that of float32 logits."""
+    """Compute from bfloat16 logits under autocast: the loss is as exact as from float32 logits."""
     logits, targets, documents = batch("packed", torch.bfloat16)
     logits.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
