@@ -112,7 +112,7 @@ def from_dense(
 def to_dense(model: WhisperLMForCausalLM, family: str | None = None) -> PreTrainedModel:
     """Turn a WhisperLM back into a model of a dense family with the same weights, bit for bit.
 
-    The result attends densely: it serves engines that know only the dense family.
+    The result attends densely. It is for software that knows the dense families only: vLLM runs it natively.
 
     Args:
         model: the model; its weights are copied.

@@ -43,6 +43,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from examples.benchmarks import published
 from examples.benchmarks.measuring import alternate, peak_memory
 
 try:
@@ -55,7 +56,7 @@ try:
     from transformers import default_data_collator as collate
 
     from whisper_hf import SequenceUnlikelihoodCallback, WhisperLMConfig, use_diversity
-    from whisper_hf.objectives import published
+    from whisper_hf.objectives import unlikelihood
     from whisper_hf.repetition.metrics import self_bleu, sequence_repetition
     from whisper_hf.training.generation import continue_prompts
 except ImportError as error:
@@ -112,7 +113,7 @@ def sequence_unlikelihood(model: Model, ids: Tensor, share: float, step: int) ->
     prompts = ids[row, start + torch.arange(PREFIX)]
     own = continue_prompts(model, prompts, torch.ones_like(prompts), OWN_NEW, pad_token_id=0)
     logits, targets = model(own["input_ids"], use_cache=False).logits, after(own["labels"])
-    return mean(published.sequence_unlikelihood(logits, targets), targets)
+    return mean(unlikelihood.sequence_unlikelihood(logits, targets), targets)
 
 
 def scalegrad(model: Model, ids: Tensor, gamma: float, step: int) -> Tensor:

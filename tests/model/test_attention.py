@@ -3,16 +3,20 @@
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
     Gemma2Config,
     GptOssConfig,
     Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from whisper_hf import to_dense
 from whisper_hf.model import attention, attention_masks, attention_reference
 from whisper_hf.model.attention import masked_sparse_attention_forward
 from whisper_hf.model.attention_reference import eager_attention_forward, masked_sparse_attention_reference
@@ -307,7 +311,26 @@ def test_eager_and_sdpa_apply_attention_dropout_in_training() -> None:
         assert not torch.equal(model.train()(tokens()).logits, evaluated)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|eager", "nonsense"])
-def test_dense_implementations_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"masked_sparse.*to_dense"):
-        tiny_model(attn_implementation=name)
+@pytest.mark.parametrize("layer_type", ["masked_sparse_attention", "full_attention"])
+@pytest.mark.parametrize("name", ["vllm", "flash_attention_2", "flex_attention", "paged|eager", "nonsense"])
+def test_dense_implementations_are_refused(name: str, layer_type: str) -> None:
+    with pytest.raises(ValueError, match=r"not supported.*masked_sparse.*whisper_hf\.to_dense\(model\)"):
+        tiny_model(layer_types=[layer_type] * 2, attn_implementation=name)
+
+
+def test_vllm_is_told_to_convert(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It registers a dense attention under its name, and asks for that in the config of a checkpoint."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "vllm", eager_attention_forward)
+    tiny_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config._attn_implementation = "vllm"
+    remedy = r"whisper_hf\.to_dense\(model\)"
+    for positions in (config.max_position_embeddings, 48):  # also where no text is longer than the budget
+        config.max_position_embeddings = positions
+        with pytest.raises(ValueError, match=remedy):
+            AutoModel.from_config(config)
+    with pytest.raises(ValueError, match=remedy):
+        tiny_model().set_attn_implementation("vllm")
+    with pytest.raises(ValueError, match=remedy):
+        tiny_model(layer_types=["full_attention", "masked_sparse_attention"], attn_implementation="vllm")
+    assert type(to_dense(tiny_model())) is Qwen3ForCausalLM  # vLLM has its own implementation of this class

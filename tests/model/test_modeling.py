@@ -1,7 +1,11 @@
 """What a causal language model inside transformers offers, ours offers too."""
 
+import json
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -168,6 +172,27 @@ def test_parallel_plans_name_modules_that_exist(model) -> None:
     for pattern in model.pp_plan:
         assert pattern in names | {f"model.{pattern}"}, pattern
     assert {"embed_tokens", "layers", "norm"} == set(WhisperLMConfig.base_model_pp_plan)
+    for name, module in model.model.named_modules():
+        styles = [style for pattern, style in model.model.tp_plan.items() if re.match(pattern, name)]
+        if isinstance(module, torch.nn.Linear):
+            assert len(styles) == 1, name
+            assert styles[0] in ("colwise", "rowwise"), name
+
+
+def test_a_checkpoint_and_its_layers_say_what_other_software_asks(tmp_path, model) -> None:
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(saved["auto_map"])
+    assert saved["architectures"] == ["WhisperLMForCausalLM"]
+    assert model.is_backend_compatible()
+    assert model.supports_pp_plan
+    assert model.base_model_prefix == "model"
+    weights = {name.removeprefix("model.") for name in load_file(tmp_path / "model.safetensors")} - {"lm_head.weight"}
+    assert weights == set(model.model.state_dict())
+    attention = model.model.layers[1].self_attn
+    assert attention.layer_idx == 1
+    assert attention.is_causal
+    assert isinstance(attention.scaling, float)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "masked_sparse"])

@@ -12,9 +12,9 @@ from transformers import default_data_collator as collate
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.logging import warning_once
 
+from examples.benchmarks.published import gem
 from whisper_hf import DiversityConfig, WhisperLMForCausalLM, use_diversity
 from whisper_hf.objectives import chunked_distillation_loss, contrast_loss, repeating_tokens
-from whisper_hf.objectives.published import gem
 
 from ..conftest import SIZES, tiny_config, tiny_model
 

@@ -164,7 +164,7 @@ def test_following_the_pipeline_plan_gives_the_logits() -> None:
 
 
 def test_a_stage_takes_hidden_states_in_the_place_of_embeddings() -> None:
-    """Layers of other stages are replaced, as transformers and vLLM do; documents are packed."""
+    """Layers of other stages are replaced, as transformers does; documents are packed."""
     model = tiny_model(num_hidden_layers=4)
     position_ids = torch.cat([torch.arange(100), torch.arange(LENGTH - 100)])[None]
     first, second = copy.deepcopy(model.model), copy.deepcopy(model)

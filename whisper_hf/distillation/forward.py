@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..model.labels import IGNORED, documents_from_positions, shift
 from ..objectives import (
+    Head,
     StoredSamples,
     StoredTop,
     Target,
@@ -185,23 +186,21 @@ class DistillationForward:
                 terms["cross_entropy"] = losses.cross_entropy
             return losses.loss
 
-        if self.teacher is None or self.teacher_head is None:
+        teacher, teacher_head = self.teacher, self.teacher_head
+        if teacher is None or teacher_head is None:
             return loss_against(self._stored(batch))
         found: list[Tensor] = []
         needs_grad = torch.is_grad_enabled()
 
         def at_teacher_head(teacher_hidden: Tensor) -> Tensor:
             with torch.set_grad_enabled(needs_grad):
-                found.append(loss_against(self._predicted(teacher_hidden, batch)))
+                found.append(loss_against(self._predicted(teacher_hidden, teacher_head.head, batch)))
             return teacher_hidden.new_zeros((), dtype=torch.float32)
 
         self._refuse_other_tokens(batch)
         with torch.no_grad():
             inputs = batch.teacher_inputs or batch.inputs
-            self.teacher_head.run(
-                lambda: self._run(self.teacher, self.teacher_model, inputs, states),  # type: ignore[arg-type]
-                at_teacher_head,
-            )
+            teacher_head.run(lambda: self._run(teacher, self.teacher_model, inputs, states), at_teacher_head)
         return found[0]
 
     def _refuse_other_tokens(self, batch: Batch) -> None:
@@ -227,9 +226,8 @@ class DistillationForward:
         window = self.config.diversity_window
         return repeating_tokens(batch.inputs["input_ids"], batch.targets, documents, window=window)[batch.counts]
 
-    def _predicted(self, hidden: Tensor, batch: Batch) -> TeacherTarget:
+    def _predicted(self, hidden: Tensor, head: Head, batch: Batch) -> TeacherTarget:
         """Describe the teacher's predictions for the tokens that count, from what its head would see."""
-        head = self.teacher_head.head  # type: ignore[union-attr]
         if batch.teacher_targets is None:
             return TeacherTarget(hidden[batch.counts], head, self.divergence, self.config.temperature)
         rows, columns, has_partner = partners(batch.counts, batch.teacher_targets != IGNORED)

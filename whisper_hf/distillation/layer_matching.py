@@ -65,7 +65,7 @@ class StateMatching(nn.Module):
         for index, (i, j) in enumerate(self.layer_pairs):
             states = student[i][counts]
             if kind in self.projections:
-                states = self.projections[kind][index](states)  # type: ignore[index]
+                states = self.projections.get_submodule(f"{kind}.{index}")(states)
             distances.append(relative_distance(states, teacher[j][counts]))
         return torch.stack(distances).mean(0)
 

@@ -323,12 +323,6 @@ class WhisperLMConfig(PreTrainedConfig):
                 f"got {len(self.layer_types)} names; leave it out to make every layer sparse"
             )
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether every token of a sequence of up to `max_position_embeddings` tokens sees all of its past."""
-        settings = SparseAttentionConfig.from_value(self.sparse_attention)
-        return MASKED_SPARSE_ATTENTION not in self.layer_types or settings.covers(self.max_position_embeddings)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can represent."""
         output = super().to_dict()

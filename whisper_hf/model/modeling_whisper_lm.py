@@ -57,7 +57,7 @@ from .configuration_whisper_lm import (
 from .int8_rows import dequantize_rows
 from .labels import items_in_batch
 from .model_inputs import embed, refuse_empty, warn_beyond, without_padding
-from .pretrained_base import ENGINES, CheckedPreTrainedModel
+from .pretrained_base import CheckedPreTrainedModel
 from .repetition_loss import use_diversity
 
 INT8_CACHE = {"backend": "int8"}  # the `cache_config` with which generate takes the quantized cache of this package
@@ -257,15 +257,6 @@ class WhisperLMPreTrainedModel(CheckedPreTrainedModel):
     }
 
 
-def _refuse_beside_an_engine(**options: Any) -> None:
-    given = [name for name, value in options.items() if value is not None and value is not False]
-    if given:
-        raise ValueError(
-            f"the attention of an engine keeps keys and sequences apart by itself, got {', '.join(given)}; pass "
-            f"use_cache=False and no mask or cache, or load the model with attn_implementation={MASKED_SPARSE!r}"
-        )
-
-
 class WhisperLMModel(WhisperLMPreTrainedModel):
     """The decoder without a head: it maps token ids to hidden states."""
 
@@ -326,10 +317,7 @@ class WhisperLMModel(WhisperLMPreTrainedModel):
         refuse_empty(inputs_embeds)
 
         # the layout is made before the cache, since packed documents are separated only where there is no cache
-        if self.config._attn_implementation in ENGINES:
-            _refuse_beside_an_engine(attention_mask=attention_mask, cache=cache, use_cache=use_cache)
-            masks = dict.fromkeys(LAYER_TYPES)
-        elif isinstance(attention_mask, dict):
+        if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
             layout = layout_from_inputs(inputs_embeds, attention_mask, cache, position_ids, self.first_layer)

@@ -29,10 +29,9 @@ from transformers.quantizers import AutoHfQuantizer
 from .attention import MASKED_SPARSE
 from .checkpoint_integrity import load_intact, weight_shapes
 from .checksums import CHECKSUMS, write_checksums
-from .configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
+from .configuration_whisper_lm import WhisperLMConfig
 
 ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
-ENGINES = ("vllm",)  # register an attention of their own, which is dense and keeps keys, and sequences apart, by itself
 # every process computes all heads where processes cannot share them evenly; the weights are shared all the same
 UNEVEN_HEADS_TP_PLAN = {
     "q_proj": "colwise_gather_output",
@@ -141,24 +140,18 @@ class CheckedPreTrainedModel(PreTrainedModel):
         return loaded
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Default to `masked_sparse` and accept only what computes the same function.
-
-        That includes an engine's own, which is dense, if no sequence is longer than what its tokens attend to.
+        """Default to `masked_sparse`, and accept only implementations that compute the same function.
 
         Raises:
-            ValueError: any other implementation, which would silently attend densely.
+            ValueError: any other implementation, such as vLLM's, which would silently attend densely.
         """
         implementation = requested_attention or MASKED_SPARSE
         if implementation in ATTENTION_IMPLEMENTATIONS:
             return implementation
-        if implementation in ENGINES and self.config.is_dense:
-            return super().get_correct_attn_implementation(implementation, is_init_check)
-        budget = SparseAttentionConfig.from_value(self.config.sparse_attention).budget_tokens
         raise ValueError(
             f'Specified `attn_implementation="{implementation}"` is not supported: {type(self).__name__} computes '
-            f"masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}; whisper_hf.to_dense(model) gives a "
-            f"model for dense engines. Up to the {budget} tokens of its budget the model is dense itself: with "
-            f"max_position_embeddings={budget} at most it runs with {ENGINES}"
+            f"masked sparse attention with one of {ATTENTION_IMPLEMENTATIONS}; use one of these, or convert the model "
+            "by whisper_hf.to_dense(model) for software that attends densely, such as vLLM"
         )
 
     @classmethod

@@ -74,8 +74,9 @@ def chunked_distillation_loss(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if getattr(target, "temperature", temperature) != temperature:
-        raise ValueError(f"expected the target's temperature, {target.temperature}, got {temperature}")  # type: ignore[union-attr]
+    expected_temperature = getattr(target, "temperature", temperature)
+    if expected_temperature != temperature:
+        raise ValueError(f"expected the target's temperature, {expected_temperature}, got {temperature}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     if len(hidden) != len(labels):

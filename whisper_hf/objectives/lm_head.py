@@ -26,12 +26,16 @@ class Head:
     @property
     def weight(self) -> Tensor:
         """The module's, `[V, H]` where it is linear."""
-        return self.module.weight  # type: ignore[return-value]
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The module's, `[V]`."""
-        return self.module.bias  # type: ignore[return-value]
+        bias = self.module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     @property
     def is_linear(self) -> bool:

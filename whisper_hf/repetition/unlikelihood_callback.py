@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..model.labels import IGNORED, documents_from_positions
 from ..model.repetition_loss import without_adapter
-from ..objectives.published import repeated_ngrams, sequence_unlikelihood
+from ..objectives.unlikelihood import repeated_ngrams, sequence_unlikelihood
 from ..training.generation import continue_prompts
 from ..training.seeds import step_seed
 from .metrics import sequence_repetition
