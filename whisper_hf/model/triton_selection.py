@@ -18,8 +18,8 @@ the head's largest product with any complete past block. Therefore the kernel lo
 largest products, then for the scores. It writes no product to memory. A query keeps its best blocks as 64-bit integers
 with the score in the upper and the block number in the lower half, so that ties go to the more recent block.
 
-Products are as exact as in float32, at the speed of products in the dtype of the keys: queries have this dtype, and each
-mean is split into a sum of parts in this dtype.
+Products are as exact as in float32, at the speed of products in the dtype of the keys: queries have this dtype, and
+each mean is split into a sum of parts in this dtype.
 
 The shape legend of `triton_plan.py` applies here; in addition, `P` is the number of parts of a mean.
 """
@@ -99,8 +99,8 @@ def sortable(score, block):
 def _insert(best, new):
     """Replace the numbers of `best` (`[rows, k]`) by larger numbers of `new` (`[rows, n]`), row by row.
 
-    No number may occur twice in a row, except `-(2**63)`, which is never inserted. The result is in no particular order.
-    The loop takes as many steps as the largest number of replacements in a row, which soon becomes small.
+    No number may occur twice in a row, except `-(2**63)`, which is never inserted. The result is in no particular
+    order. The loop takes as many steps as the largest number of replacements in a row, which soon becomes small.
     """
     largest_new, smallest = tl.max(new, axis=1), tl.min(best, axis=1)
     while tl.max((largest_new > smallest).to(tl.int32), axis=0) > 0:
