@@ -13,9 +13,12 @@
 # limitations under the License.
 """Exact masked sparse attention in stock PyTorch operations, at a cost proportional to length times budget.
 
-This file holds the operator, its gradient and the way between `[B, H, T, D]` tensors and the content of one head; the
-arithmetic is in `blockwise_products.py`, the bookkeeping in `blockwise_plan.py`, whose legend holds here too, with `G`
-query heads per key-value head and `E` value dimension. Both are custom operators, opaque to `torch.compile`.
+This file registers the forward and the backward pass as custom operators, which are opaque to `torch.compile`. Each
+pass loops over batch rows and key-value heads and extracts the visible tokens of one head from `[B, H, T, D]` tensors.
+`blockwise_plan.py` does the bookkeeping, `blockwise_selection.py` chooses the blocks, and `blockwise_products.py` does
+the arithmetic.
+
+The shape legend of `blockwise_plan.py` applies here; in addition, `E` is the value dimension.
 """
 
 from collections.abc import Iterator
@@ -32,23 +35,27 @@ from .blockwise_products import backward_head, forward_head
 from .blockwise_selection import choose_blocks
 from .configuration_whisper_lm import SparseAttentionConfig
 
-LONGEST_SPLIT = 4  # times the budget; in longer sequences dense attention for the first queries gains nothing
+# Sequences of up to this many times the budget are split: fused dense attention computes the first queries.
+# In longer sequences the split gains nothing.
+LONGEST_SPLIT = 4
 
 
 def attention_blockwise(
     query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float, settings: SparseAttentionConfig
 ) -> Tensor:
-    """Attend to the sink, local and chosen blocks; equals the reference in value and gradient.
+    """Attend to the sink, local and chosen blocks of each query, one key block at a time.
 
-    Without gradients, short sequences leave the first queries, whose past the budget covers, to PyTorch's own fused
-    attention, whose backward pass is less safe against huge logits.
+    Output and gradient equal those of the reference in `attention_reference.py`. Half-precision inputs are computed in
+    float32, and the output is returned in their dtype; float64 inputs are computed in float64. The output of a query
+    that sees no key is zero. The function is differentiable once: a second derivative raises a `RuntimeError`.
 
-    Half-precision inputs are computed in float32 and returned in their own dtype; float64 stays float64. Where a query
-    sees nothing its output is zero. Differentiable once: a second derivative raises a `RuntimeError`.
+    In short sequences without gradients, PyTorch's fused attention computes the first queries, whose past the budget
+    covers. It is not used with gradients, because its backward pass is less robust against huge logits.
 
     Args:
         query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): any float dtype; `K` divides `H`.
-        layout (`[B, 1, 1, S]`, int32, or `None`): see `sparse_selection.py`.
+        layout (`[B, 1, 1, S]`, int32, or `None`): the document and the visibility of each key slot, as
+            `sparse_selection.py` defines it.
         scaling (`float`): factor on the logits.
         settings (`SparseAttentionConfig`): block size and budget.
 
@@ -56,17 +63,19 @@ def attention_blockwise(
         `[B, H, T, E]` in the dtype of `query`.
     """
     sizes = (settings.block_size, settings.topk_blocks, settings.local_blocks, settings.sink_blocks)
-    covered, length = settings.budget_blocks * settings.block_size, key.shape[2]
+    covered = settings.budget_blocks * settings.block_size
+    length = key.shape[2]
     needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     is_short = query.shape[2] == length and covered < length <= LONGEST_SPLIT * covered
     if needs_grad or layout is not None or not is_short:
         return _attend(query, key, value, layout, scaling, *sizes)[0]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (states[:, :, :covered].to(dtype) for states in (query, key, value))
+    first_query, first_key, first_value = (states[:, :, :covered].to(dtype) for states in (query, key, value))
     with maybe_autocast(query.device.type, enabled=False):
-        start = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).to(query.dtype)
+        first = sdpa(first_query, first_key, first_value, is_causal=True, scale=scaling, enable_gqa=True)
     rest = _attend(query[:, :, covered:], key, value, None, scaling, *sizes)[0]
-    return torch.cat([start.transpose(1, 2), rest.transpose(1, 2)], dim=1).transpose(1, 2)
+    first = first.to(query.dtype)
+    return torch.cat([first.transpose(1, 2), rest.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 def _forward(
@@ -80,27 +89,36 @@ def _forward(
     local_blocks: int,
     sink_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output (`[B, H, T, E]`), log-sum-exp (`[B, H, T]`, nats) and chosen blocks (`[B, K, T, topk]`, int32)."""
+    """Attend to all keys of each query's budget, and return what the backward pass needs besides the inputs.
+
+    Returns:
+        The output (`[B, H, T, E]`), the log-sum-exp of the logits (`[B, H, T]`, nats), and the chosen blocks
+        (`[B, K, T, topk_blocks]`, int32).
+    """
     settings = SparseAttentionConfig(block_size, topk_blocks, local_blocks, sink_blocks)
     output, lse, chosen = _empty_outputs(query, key, value, topk_blocks)
-    if layout is not None:  # some queries may see nothing
-        for empty in (output, lse, chosen):
-            empty.zero_()
+    if layout is not None:  # the loop skips queries that see no key
+        for result in (output, lse, chosen):
+            result.zero_()
     with maybe_autocast(query.device.type, enabled=False):
-        for head in _heads(layout, query, key, value, block_size):
-            queries, keys, values = head.of_queries(query), head.of_keys(key), head.of_keys(value)
-            picked = choose_blocks(queries.float(), keys.float(), head.plan, settings)
-            result, sums = forward_head(queries, keys, values, scaling, picked, head.plan, settings)
-            head.put_queries(output, result)
-            head.put_queries(lse[..., None], sums[..., None])
-            chosen[head.row, head.index, head.queries] = picked
+        for head in _heads(layout, query, key, block_size):
+            queries = head.of_queries(query)
+            keys = head.of_keys(key)
+            values = head.of_keys(value)
+            head_chosen = choose_blocks(queries.float(), keys.float(), head.plan, settings)
+            head_output, head_lse = forward_head(queries, keys, values, scaling, head_chosen, head.plan, settings)
+            head.put_queries(output, head_output)
+            head.put_queries(lse[..., None], head_lse[..., None])
+            chosen[head.row, head.index, head.queries] = head_chosen
     return output, lse, chosen
 
 
 def _empty_outputs(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, log-sum-exp and chosen blocks that [`_forward`] returns, uninitialised."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length = query.shape[:3]
-    output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # as the layer wants it, uncopied
+    # In memory the output is `[B, T, H, E]`, so that the layer can merge the heads without a copy.
+    output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
     chosen = query.new_empty((*key.shape[:2], query.shape[2], topk), dtype=torch.int32)
     return output, lse, chosen
@@ -123,26 +141,25 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, in their shapes and dtypes."""
     settings = SparseAttentionConfig(block_size, topk_blocks, local_blocks, sink_blocks)
-    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    query_grad, key_grad, value_grad = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     with maybe_autocast(query.device.type, enabled=False):
-        for head in _heads(layout, query, key, value, block_size):
-            upstream, queries, result, sums = (head.of_queries(x) for x in (grad, query, output, lse[..., None]))
-            query_grad, key_grad, value_grad = backward_head(
-                upstream,
-                queries,
+        for head in _heads(layout, query, key, block_size):
+            head_query_grad, head_key_grad, head_value_grad = backward_head(
+                head.of_queries(grad),
+                head.of_queries(query),
                 head.of_keys(key),
                 head.of_keys(value),
-                result,
-                sums[..., 0],
+                head.of_queries(output),
+                head.of_queries(lse[..., None])[..., 0],
                 scaling,
                 chosen[head.row, head.index, head.queries],
                 head.plan,
                 settings,
             )
-            head.put_queries(grads[0], query_grad)
-            head.put_keys(grads[1], key_grad)
-            head.put_keys(grads[2], value_grad)
-    return grads
+            head.put_queries(query_grad, head_query_grad)
+            head.put_keys(key_grad, head_key_grad)
+            head.put_keys(value_grad, head_value_grad)
+    return query_grad, key_grad, value_grad
 
 
 _attend, _ = register_attention_op(__name__, _forward, _backward, _empty_outputs)
@@ -150,7 +167,15 @@ _attend, _ = register_attention_op(__name__, _forward, _backward, _empty_outputs
 
 @dataclass(frozen=True)
 class _Head:
-    """One batch row and key head: its content in rows of float32 (or float64), and the way back."""
+    """Copy the visible tokens of one batch row and one key-value head out of `[B, H, T, D]` tensors, and back.
+
+    Attributes:
+        plan (`RowPlan`): where the visible tokens, blocks and queries of the batch row lie.
+        row (`int`): number of the batch row.
+        index (`int`): number of the key-value head.
+        group (`slice`): the query heads that share this key-value head.
+        dtype (`torch.dtype`): the dtype to compute in, float32 or float64.
+    """
 
     plan: RowPlan
     row: int
@@ -160,32 +185,33 @@ class _Head:
 
     @property
     def queries(self) -> Tensor | slice:
-        """Which of the row's queries see anything."""
+        """The queries of the row that see at least one key, as an index of the dimension `T`."""
         return slice(None) if self.plan.queries is None else self.plan.queries
 
     @property
     def keys(self) -> Tensor | slice:
-        """Which of the row's slots hold content."""
+        """The slots of the row that hold visible tokens, as an index of the dimension `S`."""
         return slice(None) if self.plan.keys is None else self.plan.keys
 
     def of_queries(self, states: Tensor) -> Tensor:
-        """Take `[Q, G, D]` from `[B, H, T, D]`."""
+        """Copy this head's queries `[Q, G, D]` from `[B, H, T, D]`, in the dtype to compute in."""
         return states[self.row, self.group].transpose(0, 1)[self.queries].to(self.dtype)
 
     def of_keys(self, states: Tensor) -> Tensor:
-        """Take `[M, D]` from `[B, K, S, D]`."""
+        """Copy this head's keys or values `[M, D]` from `[B, K, S, D]`, in the dtype to compute in."""
         return states[self.row, self.index][self.keys].to(self.dtype)
 
     def put_queries(self, states: Tensor, rows: Tensor) -> None:
-        """Write `[Q, G, D]` to `[B, H, T, D]`."""
+        """Write rows `[Q, G, D]` to the places of this head's queries in `[B, H, T, D]`."""
         states[self.row, self.group].transpose(0, 1)[self.queries] = rows.to(states.dtype)
 
     def put_keys(self, states: Tensor, rows: Tensor) -> None:
-        """Write `[M, D]` to `[B, K, S, D]`."""
+        """Write rows `[M, D]` to the places of this head's keys in `[B, K, S, D]`."""
         states[self.row, self.index][self.keys] = rows.to(states.dtype)
 
 
-def _heads(layout: Tensor | None, query: Tensor, key: Tensor, value: Tensor, block_size: int) -> Iterator[_Head]:
+def _heads(layout: Tensor | None, query: Tensor, key: Tensor, block_size: int) -> Iterator[_Head]:
+    """Yield every key-value head of every batch row."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     plans = plan_rows(layout, query.shape[0], query.shape[2], key.shape[2], block_size, query.device)

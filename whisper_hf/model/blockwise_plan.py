@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Plan a batch for [`attention_blockwise`]: where its content, blocks and queries lie, and which queries meet a block.
+"""Plan a batch for [`attention_blockwise`]: find its tokens, blocks, and the queries that attend to each block.
 
-The shape legend is that of `sparse_selection.py`, and per batch row: `M` content tokens, `N` blocks of them, `Q`
-queries that see any of them.
+The shape legend of `sparse_selection.py` applies here; in addition, a batch row has `M` content tokens (tokens that the
+attention mask shows), `N` blocks of content tokens, and `Q` queries that see at least one content token. A *content
+index* numbers the content tokens of a row from 0 to `M - 1`, over all its documents.
 """
 
 from collections.abc import Iterator
@@ -26,24 +27,26 @@ from torch import Tensor
 from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import query_slots
 
-QUERIES_PER_TILE = 1024  # handled at once: their rows and logits stay in a core's cache
+QUERIES_PER_TILE = 1024  # queries that are multiplied at once; their rows and logits fit into the cache of a CPU core
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which content one batch row has, and where its blocks and queries lie in it.
+    """Positions of the content tokens, blocks and queries of one batch row.
 
     Attributes:
-        keys (`[M]`, int64, or `None`: all): slots of the content tokens, in order.
-        queries (`[Q]`, int64, or `None`: all): queries that see any content, in order.
+        keys (`[M]`, int64, or `None` for all slots): slots of the content tokens, ascending.
+        queries (`[Q]`, int64, or `None` for all queries): queries that see at least one key, ascending.
         last_key (`[Q]`, int64): content index of the last key that each query sees.
-        query_block (`[Q]`, int64): block of that key; never decreases.
-        first_block (`[Q]`, int64): first block of the query's document.
-        key_bounds: `N + 1` content indices; block `b` holds the tokens `key_bounds[b]` to `key_bounds[b + 1]`.
-        query_bounds: `N + 1` query indices; the queries of block `b` are `query_bounds[b]` to `query_bounds[b + 1]`.
-        documents: for each block, the first and one past the last block of its document.
-        band: the block of the first query, where the queries are the last tokens of the only document and begin a
-            block; else `None`.
+        query_block (`[Q]`, int64): block of the last key that each query sees; it never decreases.
+        first_block (`[Q]`, int64): first block of each query's document.
+        key_bounds (list of `N + 1` ints): block `b` holds the content indices `key_bounds[b] <= i < key_bounds[b + 1]`.
+        query_bounds (list of `N + 1` ints): the last key of query `q` lies in block `b` if
+            `query_bounds[b] <= q < query_bounds[b + 1]`.
+        documents (list of `N` pairs of ints): for each block, the first and one past the last block of its document.
+        band (`int` or `None`): block of the first query, if the queries are the last tokens of the only document and
+            the first query begins a block; `None` otherwise. With a band, own and local blocks are computed as one
+            banded product.
     """
 
     keys: Tensor | None
@@ -60,7 +63,18 @@ class RowPlan:
 def plan_rows(
     layout: Tensor | None, batch_size: int, query_length: int, key_length: int, block_size: int, device: torch.device
 ) -> list[RowPlan]:
-    """Return one plan per batch row; without a layout all rows share one."""
+    """Plan every batch row.
+
+    Args:
+        layout (`[B, 1, 1, S]`, int32, or `None`): the document and the visibility of each key slot, as
+            `sparse_selection.py` defines it.
+        batch_size, query_length, key_length (`int`): `B`, `T` and `S`.
+        block_size (`int`): tokens per block.
+        device (`torch.device`): device of the plans' tensors.
+
+    Returns:
+        One plan per batch row; without a layout, all entries are the same plan.
+    """
     slots = query_slots(layout, query_length, key_length, device)
     if layout is None:
         return [_plan_row(None, slots[0], key_length, block_size)] * batch_size
@@ -68,7 +82,14 @@ def plan_rows(
 
 
 def _plan_row(document: Tensor | None, slots: Tensor, key_length: int, block_size: int) -> RowPlan:
-    """Plan one row from the signed documents of its slots, `[S]`, and its queries' slots, `[T]`."""
+    """Plan one batch row.
+
+    Args:
+        document (`[S]`, int32, or `None`): this row of the layout.
+        slots (`[T]`, int64): slots of the queries' own keys.
+        key_length (`int`): `S`.
+        block_size (`int`): tokens per block.
+    """
     device = slots.device
     if document is None:
         keys = queries = None
@@ -79,8 +100,11 @@ def _plan_row(document: Tensor | None, slots: Tensor, key_length: int, block_siz
         keys = visible.nonzero()[:, 0]
         key_document = document[keys]
         last_key = visible.cumsum(0)[slots] - 1
-        sees = (last_key >= 0) & (key_document[last_key.clamp(min=0)] == document[slots].abs()) if len(keys) else None
-        queries = slots.new_empty(0) if sees is None else sees.nonzero()[:, 0]
+        if len(keys):
+            is_own_document = key_document[last_key.clamp(min=0)] == document[slots].abs()
+            queries = ((last_key >= 0) & is_own_document).nonzero()[:, 0]
+        else:
+            queries = slots.new_empty(0)
         last_key = last_key[queries]
 
     index = torch.arange(len(key_document), device=device)
@@ -93,50 +117,69 @@ def _plan_row(document: Tensor | None, slots: Tensor, key_length: int, block_siz
 
     key_bounds = [*starts_block.nonzero()[:, 0].tolist(), len(index)]
     query_block = block[last_key]
-    bounds = torch.searchsorted(query_block, torch.arange(len(key_bounds), device=device))
+    query_bounds = torch.searchsorted(query_block, torch.arange(len(key_bounds), device=device)).tolist()
     first_blocks = first_of_document[starts_block].tolist()
-    ends = {first: b + 1 for b, first in enumerate(first_blocks)}
+    ends = {first: block_index + 1 for block_index, first in enumerate(first_blocks)}
     documents = [(first, ends[first]) for first in first_blocks]
-    first = len(index) - len(last_key)
-    is_band = len(set(first_blocks)) == 1 and first % block_size == 0 and torch.equal(last_key, index[first:])
-    band = first // block_size if is_band else None
+    first_query = len(index) - len(last_key)  # its content index, if the queries are the last tokens
+    is_one_document = len(set(first_blocks)) == 1
+    is_band = is_one_document and first_query % block_size == 0 and torch.equal(last_key, index[first_query:])
+    band = first_query // block_size if is_band else None
     first_block = first_of_document[last_key]
-    return RowPlan(keys, queries, last_key, query_block, first_block, key_bounds, bounds.tolist(), documents, band)
+    return RowPlan(keys, queries, last_key, query_block, first_block, key_bounds, query_bounds, documents, band)
 
 
 def attending_tiles(
     chosen: Tensor, plan: RowPlan, settings: SparseAttentionConfig
 ) -> Iterator[tuple[int, slice | None, list[slice | Tensor]]]:
-    """Yield key blocks from last to first, so that a query meets its own block before any other.
+    """Yield every key block, from the last to the first, with the queries that attend to it.
+
+    In this order every query meets its own block before any other block. If the plan has a band, own and local blocks
+    are left out, because the band covers them.
 
     Args:
-        chosen (`[Q, topk_blocks]`, int32): from [`choose_blocks`].
-        plan, settings: of the row; where the plan has a band, own and local blocks are left out.
+        chosen (`[Q, topk_blocks]`, int32): blocks that each query chose, as [`choose_blocks`] returns them.
+        plan (`RowPlan`): plan of the batch row.
+        settings (`SparseAttentionConfig`): block size and budget.
 
     Yields:
-        The block, the queries in it, and tiles of later queries that attend to it: slices of queries or, for those that
-        chose the block, their indices.
+        The number of the block, the slice of queries whose own block it is (`None` if there are none), and tiles of
+        later queries that attend to it. A tile is a slice of queries, or the indices of queries that chose the block
+        (int64).
     """
-    num_blocks, topk = len(plan.key_bounds) - 1, settings.topk_blocks
+    num_blocks = len(plan.key_bounds) - 1
+    topk = settings.topk_blocks
     flat = chosen.flatten()
     order = flat.to(torch.int16 if num_blocks < 2**15 else torch.int32).sort(stable=True).indices
-    choosers = order.div_(max(topk, 1), rounding_mode="floor")
+    choosers = order.div_(max(topk, 1), rounding_mode="floor")  # queries, sorted by the block that they chose
     ends = torch.bincount(flat, minlength=num_blocks + 1).cumsum(0).tolist()
     for block in range(num_blocks - 1, -1, -1):
-        first, end = plan.documents[block]
-        own, local = (plan.query_bounds[b] for b in (block, min(block + settings.local_blocks, end)))
-        start = local if plan.band is not None else plan.query_bounds[block + 1]
-        stop = plan.query_bounds[end] if block - first < settings.sink_blocks else local
+        first_block, end_block = plan.documents[block]
+        own_start = plan.query_bounds[block]
+        own_end = plan.query_bounds[block + 1]
+        local_end = plan.query_bounds[min(block + settings.local_blocks, end_block)]
+        start = own_end if plan.band is None else local_end
+        stop = plan.query_bounds[end_block] if block - first_block < settings.sink_blocks else local_end
         tiles: list[slice | Tensor] = [
             slice(i, min(i + QUERIES_PER_TILE, stop)) for i in range(start, stop, QUERIES_PER_TILE)
         ]
-        picked = choosers[ends[block - 1] if block else 0 : ends[block]]
-        tiles += picked.split(QUERIES_PER_TILE) if len(picked) else ()
-        has_own = plan.band is None and plan.query_bounds[block + 1] > own
-        yield block, slice(own, plan.query_bounds[block + 1]) if has_own else None, tiles
+        block_choosers = choosers[ends[block - 1] if block else 0 : ends[block]]
+        if len(block_choosers):
+            tiles += block_choosers.split(QUERIES_PER_TILE)
+        own = slice(own_start, own_end) if plan.band is None and own_end > own_start else None
+        yield block, own, tiles
 
 
 def hidden_in_own_block(plan: RowPlan, block: int, own: slice) -> Tensor:
-    """Return `[own queries, 1, keys of the block]`, bool: keys of its own block that a query does not see yet."""
+    """Mark the keys of a block that lie after the last key that a query of the same block sees.
+
+    Args:
+        plan (`RowPlan`): plan of the batch row.
+        block (`int`): number of the block.
+        own (`slice`): queries whose own block it is.
+
+    Returns:
+        `[own queries, 1, keys of the block]`, bool: `True` where the query must not attend.
+    """
     key = torch.arange(plan.key_bounds[block], plan.key_bounds[block + 1], device=plan.last_key.device)
     return key > plan.last_key[own, None, None]

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Choose blocks for [`attention_blockwise`]: score the candidates of a tile of queries at a time.
+"""Choose the best-scoring blocks of each query for [`attention_blockwise`], a tile of queries at a time.
 
-The shape legend is that of `blockwise_plan.py`; also `G` query heads of a group.
+The shape legend of `blockwise_plan.py` applies here.
 """
 
 import torch
@@ -23,21 +23,25 @@ from .blockwise_plan import RowPlan
 from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import block_scores, candidate_range, top_recent
 
-QUERIES_PER_CHOICE = 256  # scored at once: each head of the group has a row of scores for every block
+QUERIES_PER_CHOICE = 256  # queries that are scored at once; each has a score for every head of the group and block
 
 
 def choose_blocks(query: Tensor, key: Tensor, plan: RowPlan, settings: SparseAttentionConfig) -> Tensor:
-    """Choose the best-scoring candidate blocks of every query of one row and key head, a tile of queries at a time.
+    """Choose the best-scoring candidate blocks of every query, for one batch row and one key-value head.
 
     Args:
-        query (`[Q, G, D]`, float32): queries of the group.
-        key (`[M, D]`, float32): content keys.
-        plan, settings: of the row.
+        query (`[Q, G, D]`, float32): queries of the heads of the group.
+        key (`[M, D]`, float32): keys of the content tokens.
+        plan (`RowPlan`): plan of the batch row.
+        settings (`SparseAttentionConfig`): block size and budget.
 
     Returns:
-        `[Q, topk_blocks]`, int32: blocks in no particular order; `N` where there are fewer candidates.
+        `[Q, topk_blocks]`, int32: numbers of blocks, in no particular order. A query with fewer candidates than
+        `topk_blocks` has the number `N`, which is no block, in the remaining places.
     """
-    num_queries, num_blocks, topk = len(query), len(plan.key_bounds) - 1, settings.topk_blocks
+    num_queries = len(query)
+    num_blocks = len(plan.key_bounds) - 1
+    topk = settings.topk_blocks
     chosen = torch.full((num_queries, topk), num_blocks, dtype=torch.int32, device=key.device)
     if not topk or not num_blocks:
         return chosen
@@ -47,14 +51,15 @@ def choose_blocks(query: Tensor, key: Tensor, plan: RowPlan, settings: SparseAtt
         tile = slice(start, min(start + QUERIES_PER_CHOICE, num_queries))
         if int((end - begin)[tile].max()) <= 0:
             continue
-        low, high = int(plan.first_block[tile].min()), int(plan.query_block[tile].max())
+        low = int(plan.first_block[tile].min())
+        high = int(plan.query_block[tile].max())
         products = (query[tile].flatten(0, 1) @ means[low:high].T).view(-1, query.shape[1], high - low)
         _exclude(products, plan.first_block[tile, None], plan.query_block[tile, None], low)
         scores = block_scores(products)
         _exclude(scores, begin[tile], end[tile], low)
         best = top_recent(scores, topk)
-        found = scores.gather(1, best) > float("-inf")
-        chosen[tile, : best.shape[1]] = torch.where(found, best + low, num_blocks).int()
+        is_candidate = scores.gather(1, best) > float("-inf")
+        chosen[tile, : best.shape[1]] = torch.where(is_candidate, best + low, num_blocks).int()
     return chosen
 
 
@@ -62,12 +67,12 @@ def _exclude(scores: Tensor, begin: Tensor, end: Tensor, low: int) -> None:
     """Set the scores of blocks outside a range to minus infinity, in place.
 
     Args:
-        scores (`[..., n]`): scores of the blocks `low`, `low + 1`, …
-        begin, end (`[...]`, int64): each row keeps the blocks `begin <= b < end`.
+        scores (`[..., n]`): scores of the blocks `low` to `low + n - 1`.
+        begin, end (broadcastable to `[...]`, int64): each row keeps the blocks `begin <= b < end`.
         low (`int`): number of the first block.
     """
     block = torch.arange(low, low + scores.shape[-1], device=scores.device)
-    # no row excludes the columns between these two, which is most of them
+    # Every row keeps the columns between `kept_from` and `kept_until`. They are most columns, so they are left alone.
     kept_from = max(int(begin.max()) - low, 0)
     kept_until = max(int(end.min()) - low, 0)
     for columns in (slice(0, kept_from), slice(kept_until, None)):
@@ -76,10 +81,10 @@ def _exclude(scores: Tensor, begin: Tensor, end: Tensor, low: int) -> None:
 
 
 def _block_means(key: Tensor, plan: RowPlan, block_size: int) -> Tensor:
-    """Return `[N, D]`; the means of incomplete blocks, which are never candidates, are of no use."""
+    """Return the mean key of every block, `[N, D]`; incomplete blocks, never candidates, have meaningless means."""
     bounds = plan.key_bounds
     num_complete = len(key) // block_size
-    if bounds[num_complete] == num_complete * block_size:  # one document
+    if bounds[num_complete] == num_complete * block_size:  # only the last block may be incomplete
         means = key.new_zeros(len(bounds) - 1, key.shape[1])
         means[:num_complete] = key[: num_complete * block_size].unflatten(0, (-1, block_size)).mean(1)
         return means

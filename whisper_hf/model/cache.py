@@ -11,16 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Cache layers of masked sparse layers: keys, values, and the mean key of each block, so that decoding need not reread.
+"""Cache layers for masked sparse attention, which keep keys, values, and the mean key of each block.
 
-They register themselves under their layer type, so that `DynamicCache(config=...)` and `StaticCache(config=...)` build
-them for a [`WhisperLMConfig`]. A mean depends on the keys of its block alone: an update recomputes those of the blocks
-that it touches, so that cropping, reordering, repeating and selecting need no bookkeeping. Any other cache gives the
-same attention, from means that are recomputed at every step.
+With the means, a decoding step scores all blocks without reading all keys. The classes register themselves under their
+layer type, so that `DynamicCache(config=...)` and `StaticCache(config=...)` build them for a [`WhisperLMConfig`]. A
+mean depends only on the keys of its block, and an update recomputes the means of the blocks that it writes to.
+Therefore cropping, reordering, repeating and selecting rows need no further bookkeeping. Other caches give the same
+attention, but the means are recomputed from all keys at every step.
 
-Legend: that of `sparse_selection.py`; also `C` tokens per block and `N` blocks.
+The shape legend of `sparse_selection.py` applies here; in addition, `C` is the number of tokens per block.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +34,8 @@ from transformers.utils.import_utils import is_tracing
 from .configuration_whisper_lm import MASKED_SPARSE_ATTENTION
 from .sparse_selection import content_order, query_slots
 
-SPARE_TOKENS = 256  # room for this many tokens more, at least, whenever a buffer is moved
-SPARE_RATIO = 8  # and for an eighth of its length
+SPARE_TOKENS = 256  # a new buffer has room for at least this many further tokens
+SPARE_RATIO = 8  # and for at least its length divided by this number
 
 
 def refresh_block_means(
@@ -45,18 +47,21 @@ def refresh_block_means(
     block_size: int,
     read: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> None:
-    """Recompute, in place, the means of the blocks that the newest tokens fall into; only complete ones are of use.
+    """Recompute the mean keys of the blocks that the newest tokens belong to, in place.
+
+    Only the means of complete blocks are valid afterwards; nothing reads the other ones.
 
     Args:
-        means (`[B, K, N, D]`, float32): room for one block more than the keys fill.
-        keys (`[B, K, S, D]`, any float): all keys, the new ones included.
-        layout (`[B, 1, 1, S]`, int32, or `None`): see `sparse_selection.py`.
-        num_new (`int`): number of new slots, the last ones written.
-        num_seen (`int` or 0-dim tensor): number of slots written before them.
+        means (`[B, K, N, D]`, float32): means to update; `N` must be at least `S // C + 1`.
+        keys (`[B, K, S, D]`, any float): all keys, including the new ones.
+        layout (`[B, 1, 1, S]`, int32, or `None`): the document and the visibility of each key slot, as
+            `sparse_selection.py` defines it.
+        num_new (`int`): number of new slots; they are the last slots that have been written.
+        num_seen (`int` or 0-dim tensor): number of slots that had been written before.
         block_size (`int`): `C`.
-        read (`Callable`): turns some keys into float32.
+        read (`Callable`): converts keys, in the form in which the cache holds them, to float32 `[B, K, tokens, D]`.
     """
-    touched = (num_new - 1) // block_size + 2
+    num_touched = (num_new - 1) // block_size + 2  # blocks that the new tokens can belong to, at most
     if layout is None and isinstance(num_seen, int):
         first = num_seen // block_size
         complete = keys[:, :, first * block_size : (num_seen + num_new) // block_size * block_size]
@@ -64,27 +69,31 @@ def refresh_block_means(
             blocks = read(complete).unflatten(2, (-1, block_size)).mean(3)
             means[:, :, first : first + blocks.shape[2]] = blocks
         return
-    slot_of, seen = None, num_seen
+    slot_of = None
+    seen = num_seen
     if layout is not None:
         last = query_slots(layout, 1, keys.shape[2], keys.device)
         slot_of, visible = content_order(layout, last, keys.shape[2])
         is_old = torch.arange(keys.shape[2], device=keys.device) <= last - num_new
-        seen = (visible & is_old).sum(1, keepdim=True)
-    block = (seen // block_size + torch.arange(touched, device=keys.device)).expand(len(keys), -1)
+        seen = (visible & is_old).sum(1, keepdim=True)  # visible tokens before the new ones, [B, 1]
+    block = (seen // block_size + torch.arange(num_touched, device=keys.device)).expand(len(keys), -1)
     content = block[..., None] * block_size + torch.arange(block_size, device=keys.device)
     slots = content.flatten(1).clamp(max=keys.shape[2] - 1)
     if slot_of is not None:
         slots = slot_of.gather(1, slots)
     index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-    blocks = read(keys.gather(2, index)).unflatten(2, (touched, block_size)).mean(3)
+    blocks = read(keys.gather(2, index)).unflatten(2, (num_touched, block_size)).mean(3)
     means.scatter_(2, block[:, None, :, None].expand_as(blocks).clamp(max=means.shape[2] - 1), blocks)
 
 
 class DynamicMaskedSparseLayer(DynamicLayer):
-    """Grows with the sequence: keys and values `[B, K, S, D]`, views of buffers that grow by an eighth at a time.
+    """Cache layer that grows with the sequence, and keeps the mean key of each block.
 
-    `block_means` (`[B, K, N, D]`, float32) is `None` until tokens arrive, and again where an update does not say which
-    tokens are content. It stays on its device when keys and values are offloaded.
+    `keys` and `values` (`[B, K, S, D]`) are views of larger buffers. When a buffer is full, a new one with room for at
+    least an eighth more tokens replaces it.
+
+    `block_means` (`[B, K, N, D]`, float32) is `None` until the first update, and after an update without a block size.
+    It stays on its device when keys and values are offloaded.
     """
 
     _layer_type = MASKED_SPARSE_ATTENTION
@@ -105,15 +114,21 @@ class DynamicMaskedSparseLayer(DynamicLayer):
         block_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values, `[B, K, T, D]`; return all of them, `[B, K, S, D]`.
+        """Append keys and values, and update the block means.
 
         Args:
-            layout (`[B, 1, 1, S]`, int32, or `None`), block_size (`int`, *optional*): say which tokens are content;
-                without a block size no means are kept from here on.
+            key_states, value_states (`[B, K, T, D]`, any float): keys and values of the new tokens.
+            layout (`[B, 1, 1, S]`, int32, or `None`): the document and the visibility of each key slot, as
+                `sparse_selection.py` defines it; the new tokens are included.
+            block_size (`int`, *optional*): tokens per block. An update without it drops the means until the cache is
+                reset, because the cache then does not know which tokens are visible.
+
+        Returns:
+            All keys and all values, `[B, K, S, D]`.
         """
         seen = self.get_seq_length()
         if is_tracing(key_states) or (torch.is_grad_enabled() and key_states.requires_grad):
-            super().update(key_states, value_states)  # what autograd has saved must not be written over
+            super().update(key_states, value_states)  # concatenates: autograd's saved tensors must not be overwritten
         else:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
@@ -123,13 +138,24 @@ class DynamicMaskedSparseLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, name: str, states: Tensor, new: Tensor) -> Tensor:
-        """Write new states behind the present ones, where these are the beginning of the buffer; else move them."""
+        """Append new states in the buffer, or in a larger buffer that replaces it.
+
+        Args:
+            name (`str`): name of the buffer, `"keys"` or `"values"`.
+            states (`[B, K, S, D]`, or the empty tensor of an empty cache): the present states.
+            new (`[B, K, T, D]`): the states to append.
+
+        Returns:
+            `[B, K, S + T, D]`, a view of the buffer.
+        """
         length = states.shape[2] if states.dim() == 4 else 0
         end = length + new.shape[2]
         buffer = self._buffers.get(name)
-        if buffer is None or not length or buffer.data_ptr() != states.data_ptr() or end > buffer.shape[2]:
+        # After reordering, selecting or offloading, the states are no longer the beginning of the buffer.
+        is_in_buffer = buffer is not None and length > 0 and buffer.data_ptr() == states.data_ptr()
+        if buffer is None or not is_in_buffer or end > buffer.shape[2]:
             capacity = end + max(SPARE_TOKENS, end // SPARE_RATIO)
-            capacity += -capacity % SPARE_TOKENS  # whole blocks are gathered faster
+            capacity = math.ceil(capacity / SPARE_TOKENS) * SPARE_TOKENS  # a buffer of whole blocks is gathered faster
             buffer = self._buffers[name] = new.new_empty(*new.shape[:2], capacity, new.shape[3])
             if length:
                 buffer[:, :, :length] = states
@@ -137,6 +163,7 @@ class DynamicMaskedSparseLayer(DynamicLayer):
         return buffer[:, :, :end]
 
     def _update_means(self, layout: Tensor | None, seen: int, block_size: int | None) -> None:
+        """Update the block means after `seen` tokens have grown to all of `keys`; drop them without a block size."""
         length = self.keys.shape[2]
         if block_size is None or (seen and self.block_means is None):
             self.block_means = None
@@ -149,46 +176,50 @@ class DynamicMaskedSparseLayer(DynamicLayer):
                 grown[:, :, : self.block_means.shape[2]] = self.block_means
             self.block_means = grown
         with torch.no_grad():
-            keys, new = self.keys.detach(), length - seen
-            refresh_block_means(self.block_means, keys, layout, new, seen, block_size, self._read)
+            keys = self.keys.detach()
+            refresh_block_means(self.block_means, keys, layout, length - seen, seen, block_size, self._read)
 
     @staticmethod
     def _read(keys: Tensor) -> Tensor:
-        """Return keys as they are held, `[B, K, T, ...]`, in float32, `[B, K, T, D]`."""
+        """Convert keys, in the form in which the cache holds them, to float32 `[B, K, T, D]`."""
         return keys.float()
 
     def offload(self) -> None:
-        """Move keys and values to the CPU."""
+        """Move keys and values to the CPU, but leave the block means on their device."""
         super().offload()
         self._buffers.clear()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache, and release the buffers and the block means."""
         super().reset()
         self.block_means = None
         self._buffers.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx`, for beam search."""
+        """Replace the batch rows by the rows `beam_idx` (`[B]`, int64), for beam search."""
         super().reorder_cache(beam_idx)
         if self.block_means is not None:
             self.block_means = self.block_means.index_select(0, beam_idx.to(self.block_means.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeat each batch row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         if self.block_means is not None:
             self.block_means = self.block_means.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
+        """Keep only the batch rows `indices` (int64), in this order."""
         super().batch_select_indices(indices)
         if self.block_means is not None:
             self.block_means = self.block_means[indices]
 
 
 class StaticMaskedSparseLayer(StaticLayer):
-    """Preallocated keys and values, `[B, K, max_cache_len, D]`, and block means, for `torch.compile`."""
+    """Cache layer of a fixed size for `torch.compile`, which keeps the mean key of each block.
+
+    `keys` and `values` are `[B, K, S, D]`, where `S` is `max_cache_len`, and `block_means` is `[B, K, S // C + 2, D]`
+    (float32), or `None` until an update passes a block size.
+    """
 
     _layer_type = MASKED_SPARSE_ATTENTION
 
@@ -205,7 +236,17 @@ class StaticMaskedSparseLayer(StaticLayer):
         block_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values, `[B, K, T, D]`; return the whole cache. Arguments as in the dynamic layer."""
+        """Write keys and values behind the present ones, and update the block means.
+
+        Args:
+            key_states, value_states (`[B, K, T, D]`, any float): keys and values of the new tokens.
+            layout (`[B, 1, 1, S]`, int32, or `None`): the document and the visibility of each key slot, as
+                `sparse_selection.py` defines it; the new tokens are included.
+            block_size (`int`, *optional*): tokens per block; an update without it does not update the means.
+
+        Returns:
+            All keys and all values, `[B, K, S, D]`, including the slots that are still empty.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if block_size is not None and self.block_means is None:
@@ -220,13 +261,13 @@ class StaticMaskedSparseLayer(StaticLayer):
         return keys, values
 
     def reset(self) -> None:
-        """Forget everything, in place."""
+        """Empty the cache, in place."""
         super().reset()
         if self.block_means is not None:
             self.block_means.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx`, for beam search."""
+        """Replace the batch rows by the rows `beam_idx` (`[B]`, int64), for beam search."""
         super().reorder_cache(beam_idx)
         if self.block_means is not None:
             self.block_means = self.block_means.index_select(0, beam_idx.to(self.block_means.device))

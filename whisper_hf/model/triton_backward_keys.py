@@ -11,15 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The gradient of masked sparse attention, in Triton.
+"""Compute the gradient of masked sparse attention, in Triton; the part by query tile is in another file.
 
-As forward, each block meets the queries that chose it once, gathered: that yields their share of the block's gradients
-and, for each pair, a partial gradient of the query. A kernel by query tile adds these to the gradient through sinks and
-local blocks, one by block adds the local queries' share of the block's gradients, and the many far queries of a sink
-block are shared out among programs first. Every sum has one owner and a fixed order: no atomics, the same bits every
-time. Weights are recomputed from log-sum-exps, as FlashAttention does (https://arxiv.org/abs/2205.14135).
+Five kernels compute the gradient. Each sum has one owner and a fixed order, without atomic additions, so that the
+results are bitwise reproducible:
 
-The legend is that of `triton_forward.py`.
+1. The product of each output with its gradient is summed (`triton_backward_queries.py`).
+2. For each block, the queries of a chunk that chose it are gathered. They add their share to the gradients of the
+   block's keys and values, and each pair of a query and a block leaves a partial gradient of the query.
+3. For each tile of queries, the partial gradients are added to the gradient through sink and local blocks
+   (`triton_backward_queries.py`).
+4. The many queries that see a sink block from beyond its local blocks are divided into work items. Each item computes
+   its share of the gradients of the block's keys and values.
+5. For each block, these shares are added to the share of the local queries.
+
+Weights are recomputed from log-sum-exps, as FlashAttention does (https://arxiv.org/abs/2205.14135).
+
+The shape legend of `triton_forward.py` applies here.
 """
 
 import math
@@ -50,9 +58,20 @@ from .triton_tiling import Tiling
 
 @triton.jit
 def weigh(queries, grads, lse, delta, keys, values, visible, scaling):
-    """Return weights and gradients of the logits of rows (`[R, n]`) with keys and values, both transposed."""
+    """Return the attention weights of rows with some keys, and the gradients of their logits.
+
+    Args:
+        queries, grads: `[R, DP]` and `[R, EP]`, queries and gradients of their outputs.
+        lse, delta: `[R]`, log-sum-exps to the base 2, and products of outputs with their gradients.
+        keys, values: `[DP, n]` and `[EP, n]`, transposed.
+        visible: broadcastable to `[R, n]`, whether a row attends to a key.
+        scaling: factor on the products of queries and keys, which gives logits to the base 2.
+
+    Returns:
+        Weights and gradients of the logits, both `[R, n]`.
+    """
     logits = tl.dot(queries, keys, input_precision="tf32x3") * scaling
-    # at most 1, also where the log-sum-exp is that of other keys or was rounded
+    # The minimum keeps weights at most 1, also for keys that a row does not see, and if the log-sum-exp was rounded.
     weights = tl.where(visible, tl.exp2(tl.minimum(logits - lse[:, None], 0.0)), 0.0)
     return weights, weights * (tl.dot(grads, values, input_precision="tf32x3") - delta[:, None])
 
@@ -62,7 +81,19 @@ def _add_rows(
     query, grad, lse, delta, at_query, at_grad, at_row, is_row, keys, values, visible, scaling, key_grad, value_grad,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    """Add what rows of queries, by their offsets, give to a block's gradients; return also the logits' gradient."""
+    """Load rows of queries by their offsets, and add their share to the gradients of a block's keys and values.
+
+    Args:
+        query, grad, lse, delta: pointers to queries, gradients of outputs, log-sum-exps, and products of outputs with
+            their gradients.
+        at_query, at_grad, at_row: `[R]`, offsets of the rows in `query`, in `grad`, and in `lse` and `delta`.
+        is_row: `[R]`, whether the row holds a query.
+        keys, values: `[DP, C]` and `[EP, C]`, transposed.
+        key_grad, value_grad: `[C, DP]` and `[C, EP]`, gradients so far; the factor on the logits is applied later.
+
+    Returns:
+        The new `key_grad` and `value_grad`, and the gradients of the logits, `[R, C]`.
+    """
     dim, value_dim = tl.arange(0, DP), tl.arange(0, EP)
     queries = tl.load(query + at_query[:, None] + dim[None, :], mask=is_row[:, None] & (dim[None, :] < D), other=0.0)
     grad_mask = is_row[:, None] & (value_dim[None, :] < E)
@@ -83,7 +114,10 @@ def _add_range(
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries numbered `begin` to `end`, of one document, give to the gradients of a block of keys."""
+    """Add the share of the queries `begin <= number < end` to the gradients of a block's keys and values.
+
+    The queries must belong to the document of the block; each attends to the keys up to its last key.
+    """
     head = tl.program_id(1)
     row = tl.arange(0, TOKENS * GP)
     group = row % GP
@@ -109,7 +143,7 @@ def _load_block(
     key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h, value_stride_s,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Load the keys and values of a block, transposed; zeros where it is incomplete."""
+    """Load the keys and values of a block, `[DP, C]` and `[EP, C]`, with zeros where it is incomplete."""
     head, dim, value_dim = tl.program_id(1).to(tl.int64), tl.arange(0, DP), tl.arange(0, EP)
     of_block = blocks + block * BLOCK_COLUMNS
     key_row = tl.load(of_block + BLOCK_KEY_ROW).to(tl.int64)
@@ -130,7 +164,10 @@ def _pairs_grad_kernel(
     topk, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     C: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Add what a chunk's choosers of a block give to its gradients, and write theirs; a program per block and head."""
+    """Add the share of the queries that chose a block to its gradients, and write partial gradients of the queries.
+
+    There is one program per block and key-value head. It handles the queries of one chunk.
+    """
     block, head = tl.program_id(0), tl.program_id(1)
     list_number = head * tl.num_programs(0) + block
     begin, end = tl.load(starts + list_number), tl.load(starts + list_number + 1)
@@ -176,7 +213,7 @@ def _sink_kernel(
     value_stride_s, grad_stride_b, grad_stride_h, grad_stride_t, num_tokens, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write the share of a sink block's gradients that some far queries give; a program per item and key head."""
+    """Write the share of a work item in the gradients of a sink block; one program per item and key-value head."""
     item, head = tl.program_id(0), tl.program_id(1)
     of_item = items + item * ITEM_COLUMNS
     block = tl.load(of_item + ITEM_BLOCK)
@@ -209,7 +246,11 @@ def _blocks_kernel(
     value_out_stride_s, num_tokens, local_blocks, HAS_SUMS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write a block's gradients: choosers' and far queries' share as summed before, and the local queries'."""
+    """Write the gradients of a block's keys and values; one program per block and key-value head.
+
+    They are the sum of the shares of the queries that chose the block, of the work items of a sink block, and of the
+    local queries, which this kernel computes.
+    """
     block, head = tl.program_id(0), tl.program_id(1)
     keys, values = _load_block(
         key, value, blocks, block, key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h,
@@ -259,26 +300,29 @@ def differentiate(
     tiling: Tiling,
     settings: SparseAttentionConfig,
 ) -> None:
-    """Write the gradients of query, key and value; of keys and values, only of those in a block.
+    """Compute the gradients of query, key and value, and write them to `grads`.
 
     Args:
-        grad (`[B, H, T, E]`): gradient of the output.
-        output (`[B, H, T, E]`), lse (`[B, H, T]`, contiguous): what [`attend`] wrote.
-        grads: room for the gradients, in the shapes and dtypes of `query`, `key` and `value`.
-        query, key, value, chosen, scaling, plan, tiling, settings: as there.
+        grad (`[B, H, T, E]`, dtype of `query`): gradient of the output.
+        output (`[B, H, T, E]`), lse (`[B, H, T]`, float32, contiguous): what [`attend`] wrote.
+        grads: where to write the gradients, in the shapes and dtypes of `query`, `key` and `value`. Gradients of keys
+            and values that belong to no block (hidden tokens and empty slots) are not written.
+        query, key, value, chosen, scaling, plan, tiling, settings: the arguments of [`attend`].
     """
     tokens, kv_heads, topk = query.shape[2], key.shape[1], settings.topk_blocks
-    constants, factor = tiling.constants, scaling * math.log2(math.e)
+    constants = tiling.constants
+    factor = scaling * math.log2(math.e)  # the kernels compute exponentials to the base 2
     options = {**constants, "TOKENS": tiling.pair_tokens, "num_warps": 8, "num_stages": tiling.stages}
     delta = sum_products(grad, output, plan, tiling)
     states = (query, key, value, grad, lse, delta)
     strides = [stride for each in (query, key, value, grad) for stride in each.stride()[:3]]
 
     def zeros(count: int, width: int) -> Tensor:
+        """Return zeros for the gradients of `count` blocks, `[count, C, width]`, float32."""
         return torch.zeros(count, settings.block_size, width, dtype=torch.float32, device=query.device)
 
-    lists = kv_heads * plan.num_blocks if topk else 0
-    sums = zeros(lists, constants["D"]), zeros(lists, constants["E"])
+    num_sums = kv_heads * plan.num_blocks if topk else 0
+    sums = zeros(num_sums, constants["D"]), zeros(num_sums, constants["E"])
     for chunk in chunks(query, chosen, plan, constants["D"]):
         num_pairs = chunk.num_queries * topk
         partial = query.new_empty(kv_heads, num_pairs, constants["G"], constants["D"])

@@ -11,9 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The gradient of masked sparse attention by its queries, in Triton; the rest is in `triton_backward_keys.py`.
+"""Compute the gradient of masked sparse attention with respect to its queries, in Triton.
 
-The legend is that of `triton_forward.py`.
+`triton_backward_keys.py` describes the whole gradient, and computes the gradients of keys and values.
+
+The shape legend of `triton_forward.py` applies here.
 """
 
 import math
@@ -42,7 +44,7 @@ def _sum_products_kernel(
     output_stride_t, num_tokens, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write the product of each output with its gradient; a program per tile and key head."""
+    """Write the product of each output with its gradient; one program per tile and key-value head."""
     tile, head = tl.program_id(0), tl.program_id(1)
     row, dim = tl.arange(0, TOKENS * GP), tl.arange(0, EP)[None, :]
     group = row % GP
@@ -65,7 +67,21 @@ def _add_keys(
     queries, grads, sums, centre, key, value, key_stride, value_stride, begin, end, low, high, scaling, query_grad,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradient through the keys of a document at positions `begin` to `end`; see `_attend`."""
+    """Add the gradient through keys of a document to the gradient of rows of queries.
+
+    The loop visits the positions `begin <= p < end`. If `MASKED`, a row attends only to positions `low <= p < high`.
+    Otherwise every row attends to all visited positions, and their number must be a multiple of `STEP`.
+
+    Args:
+        queries, grads: `[R, DP]` and `[R, EP]`, queries and gradients of their outputs.
+        sums, centre: `[R]`, log-sum-exps to the base 2, and products of outputs with their gradients.
+        key, value: pointers to the first key and value of the document.
+        low, high: `[R]`, bounds of the positions that each row sees.
+        query_grad: `[R, DP]`, gradient so far; the factor on the logits is applied later.
+
+    Returns:
+        The new `query_grad`.
+    """
     dim, value_dim = tl.arange(0, DP), tl.arange(0, EP)
     for start in range(begin, end, STEP):
         position = start + tl.arange(0, STEP)
@@ -94,7 +110,11 @@ def _queries_kernel(
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     C: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of a tile of queries: through sinks and local blocks, and as summed by pair."""
+    """Write the gradient of a tile of queries; one program per tile and key-value head.
+
+    It is the sum of the gradient through sink and local blocks, which this kernel computes, and of the partial
+    gradients of the tile's pairs of a query and a chosen block.
+    """
     tile, head = first_tile + tl.program_id(0), tl.program_id(1)
     of_tile = tiles + tile * TILE_COLUMNS
     query_row = tl.load(of_tile + TILE_QUERY_ROW)
@@ -120,7 +140,8 @@ def _queries_kernel(
     value += key_row * value_stride_b + head.to(tl.int64) * value_stride_h + slot * value_stride_s
 
     query_grad = tl.zeros([TOKENS * GP, DP], dtype=tl.float32)
-    sink_end, low, begin, whole = band_of(position, tl.min(position, axis=0), C, STEP, local_blocks, sink_blocks)
+    # Three ranges of keys: the sink blocks, local keys that every row sees, and the remaining local keys.
+    sink_end, low, begin, unmasked_end = band_of(position, tl.min(position, axis=0), C, STEP, local_blocks, sink_blocks)
     seen = tl.where(is_token, position, -1) + 1
     end, sinks = tl.max(seen, axis=0), tl.max(tl.where(is_token, sink_end, 0), axis=0)
     query_grad = _add_keys(
@@ -128,11 +149,11 @@ def _queries_kernel(
         query_grad, D, DP, E, EP, STEP, True,
     )  # fmt: skip
     query_grad = _add_keys(
-        queries, grads, sums, centre, key, value, key_stride_s, value_stride_s, begin, whole, low, seen, scaling,
+        queries, grads, sums, centre, key, value, key_stride_s, value_stride_s, begin, unmasked_end, low, seen, scaling,
         query_grad, D, DP, E, EP, STEP, False,
     )  # fmt: skip
     query_grad = _add_keys(
-        queries, grads, sums, centre, key, value, key_stride_s, value_stride_s, whole, end, low, seen, scaling,
+        queries, grads, sums, centre, key, value, key_stride_s, value_stride_s, unmasked_end, end, low, seen, scaling,
         query_grad, D, DP, E, EP, STEP, True,
     )  # fmt: skip
     query_grad *= factor
@@ -148,7 +169,16 @@ def _queries_kernel(
 
 
 def sum_products(grad: Tensor, output: Tensor, plan: TritonPlan, tiling: Tiling) -> Tensor:
-    """Return the product of each output with its gradient, `[B, H, T]`, float32, from `[B, H, T, E]`."""
+    """Sum the product of each output with its gradient over the value dimension.
+
+    Args:
+        grad (`[B, H, T, E]`), output (`[B, H, T, E]`): the gradient of the output, and the output.
+        plan (`TritonPlan`): plan of the batch.
+        tiling (`Tiling`): sizes of tiles.
+
+    Returns:
+        `[B, H, T]`, float32.
+    """
     sums = torch.empty(grad.shape[:3], dtype=torch.float32, device=grad.device)
     constants = tiling.constants
     groups = constants["G"]
@@ -175,13 +205,16 @@ def differentiate_queries(
     tiling: Tiling,
     settings: SparseAttentionConfig,
 ) -> None:
-    """Write the gradient of a chunk's queries.
+    """Compute the gradient of a chunk's queries, and write it to `query_grad`.
 
     Args:
-        query, key, value, grad, lse, chosen, scaling, plan, tiling, settings: as in [`differentiate`].
-        delta (`[B, H, T]`, float32): from [`sum_products`].
-        partial (`[K, pairs, G, D]`): gradients of the chunk's pairs.
-        query_grad (`[B, H, T, D]`): where to write.
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`), grad (`[B, H, T, E]`), lse (`[B, H, T]`),
+            chosen, scaling, plan, tiling, settings: as in [`differentiate`].
+        delta (`[B, H, T]`, float32): products of outputs with their gradients, from [`sum_products`].
+        partial (`[K, pairs, G, D]`, dtype of `query`): partial gradients of the chunk's pairs of a query and a chosen
+            block.
+        query_grad (`[B, H, T, D]`, dtype of `query`): where to write.
+        chunk (`Chunk`): the tiles and queries to compute.
     """
     strides = [stride for each in (query, key, value, grad, query_grad) for stride in each.stride()[:3]]
     _queries_kernel[(chunk.num_tiles, key.shape[1])](

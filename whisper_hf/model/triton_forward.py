@@ -11,16 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Masked sparse attention forward, in Triton: chosen blocks by key block, then sinks and local blocks by query tile.
+"""Compute the forward pass of masked sparse attention, in Triton.
 
-A block's keys and values are loaded once for all queries of a chunk that chose it, whose rows are gathered into dense
-products; each pair of query and block leaves a normalised partial output and its log-sum-exp. A second kernel attends
-to sinks and local blocks, densely, and merges a query's partial outputs with what it finds there. Reading blocks once
-per query instead would move `C` rows of keys and values where this moves `G` rows of queries and partial outputs, and
-could not fill the tensor cores' tiles when `G` is small. Chunks bound the memory of partial outputs.
+The batch is divided into chunks of queries, which bound the memory of partial outputs. Two kernels compute a chunk:
 
-The legend is that of `triton_plan.py`; also `R` rows: queries of a tile times heads of the group, padded to a power of
-two. Log-sum-exps are to the base of 2.
+1. For each key block, the first kernel loads keys and values once, gathers the queries that chose the block, and
+   multiplies them densely. Each *pair* of a query and a block that it chose leaves a normalised partial output and its
+   log-sum-exp.
+2. For each tile of queries, the second kernel attends densely to sink and local blocks, and merges the result with the
+   partial outputs of the tile's pairs.
+
+If each query read its chosen blocks instead, a pair would move `C` rows of keys and values. Here it moves `G` rows of
+queries and partial outputs. The tiles of the tensor cores are full even if `G` is small.
+
+The shape legend of `triton_plan.py` applies here; in addition, `E` is the value dimension and `R` the number of rows of
+a tile, which is query tokens times heads of the group, padded to a power of two. Log-sum-exps are to the base 2.
 """
 
 import math
@@ -47,18 +52,21 @@ from .triton_plan import (
 )
 from .triton_tiling import Tiling
 
-PARTIAL_BYTES = 2**27  # of the partial outputs of a chunk, or, where that is more:
-PARTIAL_SHARE = 0.25  # this share of the query's
+# The partial outputs of a chunk take at most this many bytes, or at most this share of the query's bytes, whichever is
+# more.
+PARTIAL_BYTES = 2**27
+PARTIAL_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of a batch's tiles, and the lists of who among their queries chose which block.
+    """Some consecutive tiles of a batch, and the lists of their queries that chose each block.
 
     Attributes:
         first_tile, num_tiles (`int`): the tiles.
-        first_query, num_queries (`int`): the queries in them.
-        starts (`[K * N + 1]`, int32), pairs (`[pairs]`, int32): from [`list_choosers`].
+        first_query, num_queries (`int`): the queries in these tiles.
+        starts (`[K * N + 1]`, int32), pairs (`[pairs]`, int32): the lists, as [`list_choosers`] returns them; empty if
+            queries choose no blocks.
     """
 
     first_tile: int
@@ -70,19 +78,32 @@ class Chunk:
 
 
 def chunks(query: Tensor, chosen: Tensor, plan: TritonPlan, width: int) -> Iterator[Chunk]:
-    """Divide a batch so that its pairs' partial results (`width` numbers per head, in the query's dtype) are few."""
-    num_tiles, topk = len(plan.tiles), chosen.shape[2]
+    """Divide a batch into chunks whose partial results fit into a limited memory.
+
+    Args:
+        query (`[B, H, T, D]`): queries; only their shape and dtype are read.
+        chosen (`[K, X, topk_blocks]`, int32): blocks that each query chose, as [`choose`] returns them.
+        plan (`TritonPlan`): plan of the batch.
+        width (`int`): numbers of a partial result per head, in the dtype of `query`.
+
+    Yields:
+        The chunks, in the order of their queries.
+    """
+    num_tiles = len(plan.tiles)
+    num_queries, topk = chosen.shape[1:]
     if not topk:
-        yield Chunk(0, num_tiles, 0, chosen.shape[1], *(chosen.new_empty(0) for _ in range(2)))
+        yield Chunk(0, num_tiles, 0, num_queries, chosen.new_empty(0), chosen.new_empty(0))
         return
-    pair_bytes = query.shape[1] * topk * width * query.element_size()  # of one query
+    query_bytes = query.shape[1] * topk * width * query.element_size()  # bytes of all partial results of one query
     limit = max(PARTIAL_BYTES, int(PARTIAL_SHARE * query.numel() * query.element_size()))
-    num_chunks = max(min(math.ceil(chosen.shape[1] * pair_bytes / limit), num_tiles), 1)
-    edges = [num_tiles * i // num_chunks for i in range(num_chunks + 1)]
-    bounds = plan.tile_starts[edges].tolist()
+    num_chunks = max(min(math.ceil(num_queries * query_bytes / limit), num_tiles), 1)
+    tile_bounds = [num_tiles * i // num_chunks for i in range(num_chunks + 1)]
+    query_bounds = plan.tile_starts[tile_bounds].tolist()
     for i in range(num_chunks):
-        queries = (bounds[i], bounds[i + 1] - bounds[i])
-        yield Chunk(edges[i], edges[i + 1] - edges[i], *queries, *list_choosers(chosen, *queries, plan.num_blocks))
+        first_tile, first_query = tile_bounds[i], query_bounds[i]
+        chunk_queries = query_bounds[i + 1] - first_query
+        starts, pairs = list_choosers(chosen, first_query, chunk_queries, plan.num_blocks)
+        yield Chunk(first_tile, tile_bounds[i + 1] - first_tile, first_query, chunk_queries, starts, pairs)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -92,7 +113,7 @@ def _pairs_kernel(
     num_tokens, first_query, num_pairs, topk, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one block from the queries of a chunk that chose it; a program per block and key head."""
+    """Attend to a block from the queries of a chunk that chose it; one program per block and key-value head."""
     block, head = tl.program_id(0), tl.program_id(1)
     list_number = head * tl.num_programs(0) + block
     begin, end = tl.load(starts + list_number), tl.load(starts + list_number + 1)
@@ -136,9 +157,20 @@ def _attend(
     queries, key, value, key_stride, value_stride, begin, end, low, high, scaling, largest, total, output,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the keys of a document at positions `begin` to `end`, each row to those from `low` to `high` alone.
+    """Attend to keys of a document, and merge the result with a running softmax.
 
-    Without a mask all rows attend to all of whole steps.
+    The loop visits the positions `begin <= p < end`. If `MASKED`, a row attends only to positions `low <= p < high`.
+    Otherwise every row attends to all visited positions, and their number must be a multiple of `STEP`.
+
+    Args:
+        queries: `[R, DP]`.
+        key, value: pointers to the first key and value of the document.
+        low, high: `[R]`, bounds of the positions that each row sees.
+        largest, total, output: running maximum of the logits (`[R]`), sum of the weights relative to it (`[R]`), and
+            weighted sum of the values (`[R, EP]`).
+
+    Returns:
+        The new `largest`, `total` and `output`.
     """
     dim, value_dim = tl.arange(0, DP), tl.arange(0, EP)
     for start in range(begin, end, STEP):
@@ -165,20 +197,24 @@ def _attend(
 
 @triton.jit
 def band_of(position, least, C: tl.constexpr, STEP: tl.constexpr, local_blocks, sink_blocks):
-    """Return where the sinks and the local blocks lie that queries see, by the position of the last key of each.
+    """Return the bounds of the sink and local blocks that the rows of a tile see.
+
+    All bounds are positions within the document.
 
     Args:
-        position: `[R]`; -1 for a query that sees nothing, larger than any for a row that holds no query.
-        least: the smallest of them.
+        position: `[R]`, position of the last key that each row sees: -1 if it sees no key, and 0x3FFFFFFF, which is
+            larger than any position, if the row holds no query.
+        least: the smallest of these positions.
 
     Returns:
-        ends of the sinks and beginnings of the local blocks (`[R]`); of the latter the first, and the end of the steps
-        from there in which every row sees every key.
+        The end of the sink blocks that are not local (`[R]`), the beginning of the local blocks (`[R]`), the smallest
+        beginning of local blocks, and the end of the range from there in which every row sees every key; the length of
+        this range is a multiple of `STEP`.
     """
     low = tl.maximum(position // C - local_blocks + 1, 0) * C
     first, latest = tl.min(low, axis=0), tl.max(tl.where(position == 0x3FFFFFFF, 0, low), axis=0)
-    whole = tl.where((first == latest) & (least >= 0), first + (least + 1 - first) // STEP * STEP, first)
-    return tl.minimum(low, sink_blocks * C), low, first, tl.maximum(whole, first)
+    unmasked_end = tl.where((first == latest) & (least >= 0), first + (least + 1 - first) // STEP * STEP, first)
+    return tl.minimum(low, sink_blocks * C), low, first, tl.maximum(unmasked_end, first)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -189,7 +225,7 @@ def _band_kernel(
     topk, local_blocks, sink_blocks, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Attend to sinks and local blocks and merge partial outputs; a program per tile and key head."""
+    """Merge partial outputs with attention to sink and local blocks; one program per tile and key-value head."""
     tile, head = first_tile + tl.program_id(0), tl.program_id(1)
     of_tile = tiles + tile * TILE_COLUMNS
     query_row = tl.load(of_tile + TILE_QUERY_ROW)
@@ -230,7 +266,8 @@ def _band_kernel(
         total = total * shrink + weight
         largest = lifted
 
-    sink_end, low, begin, whole = band_of(position, tl.min(position, axis=0), C, STEP, local_blocks, sink_blocks)
+    # Three ranges of keys: the sink blocks, local keys that every row sees, and the remaining local keys.
+    sink_end, low, begin, unmasked_end = band_of(position, tl.min(position, axis=0), C, STEP, local_blocks, sink_blocks)
     seen = tl.where(is_token, position, -1) + 1
     end, sinks = tl.max(seen, axis=0), tl.max(tl.where(is_token, sink_end, 0), axis=0)
     largest, total, result = _attend(
@@ -238,11 +275,11 @@ def _band_kernel(
         largest, total, result, D, DP, E, EP, STEP, True,
     )  # fmt: skip
     largest, total, result = _attend(
-        queries, key, value, key_stride_s, value_stride_s, begin, whole, low, seen, scaling,
+        queries, key, value, key_stride_s, value_stride_s, begin, unmasked_end, low, seen, scaling,
         largest, total, result, D, DP, E, EP, STEP, False,
     )  # fmt: skip
     largest, total, result = _attend(
-        queries, key, value, key_stride_s, value_stride_s, whole, end, low, seen, scaling,
+        queries, key, value, key_stride_s, value_stride_s, unmasked_end, end, low, seen, scaling,
         largest, total, result, D, DP, E, EP, STEP, True,
     )  # fmt: skip
 
@@ -276,22 +313,24 @@ def attend(
     tiling: Tiling,
     settings: SparseAttentionConfig,
 ) -> None:
-    """Attend, writing every element of the last two tensors.
+    """Compute masked sparse attention, and write it to `output` and `lse`.
 
     Args:
-        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): of one dtype; keys and values gathered
-            where the plan says so.
-        chosen (`[K, X, topk_blocks]`, int32): from [`choose`].
-        output (`[B, H, T, E]`), lse (`[B, H, T]`, float32, contiguous): outputs and log-sum-exps of the logits, to
-            the base of 2; zeros where a query sees nothing.
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): one dtype, bfloat16, float16 or float32;
+            keys and values are `[1, K, M, D]` and `[1, K, M, E]` if the plan gathers visible tokens.
+        chosen (`[K, X, topk_blocks]`, int32): blocks that each query chose, as [`choose`] returns them.
+        output (`[B, H, T, E]`, dtype of `query`), lse (`[B, H, T]`, float32, contiguous): where to write the output and
+            the log-sum-exp of the logits, to the base 2. Every element is written; it is zero if a query sees no key.
         scaling (`float`): factor on the logits.
-        plan, tiling, settings: of the batch.
+        plan (`TritonPlan`): plan of the batch.
+        tiling (`Tiling`): sizes of tiles.
+        settings (`SparseAttentionConfig`): block size and budget.
     """
     tokens, kv_heads, topk = query.shape[2], key.shape[1], settings.topk_blocks
     constants = tiling.constants
     groups, width = constants["G"], constants["E"]
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
-    factor = scaling * math.log2(math.e)
+    factor = scaling * math.log2(math.e)  # the kernels compute exponentials to the base 2
     for chunk in chunks(query, chosen, plan, width):
         num_pairs = chunk.num_queries * topk
         partial = query.new_empty(kv_heads, num_pairs, groups, width)

@@ -11,12 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The plan of the Triton kernels: where documents, their blocks and the tiles of their queries lie in memory.
+"""Plan a batch for the Triton kernels: find documents, their blocks and the tiles of their queries in memory.
 
-Blocks are numbered through the whole batch, document after document, so that a kernel needs to know of a document only
-its first block and where its keys begin. Content is contiguous: where hidden tokens interrupt a document, keys and
-values are gathered first. The shape legend is that of `sparse_selection.py`; also `C` tokens per block, and `X = B * T`
-queries, numbered row after row.
+Blocks are numbered through the whole batch, document after document. A kernel therefore needs only two numbers of a
+document: its first block and the slot of its first key. The keys of a document must be contiguous in memory: if hidden
+tokens interrupt any document, the keys and values of all visible tokens are gathered first.
+
+The shape legend of `sparse_selection.py` applies here. In addition, `C` is the number of tokens per block, `M` the
+number of visible tokens of the batch, and `X = B * T` the number of queries, which are numbered row after row.
 """
 
 from collections.abc import Callable, Hashable
@@ -31,16 +33,16 @@ from .configuration_whisper_lm import SparseAttentionConfig
 from .sparse_selection import query_slots
 from .triton_optional import ceil_divide, tl
 
-QUERIES_PER_ITEM = 1024  # queries that one program takes towards the gradient of a sink block
+QUERIES_PER_ITEM = 1024  # queries whose share of a sink block's gradient one program computes
 
-# columns of the plan's tables, in the order in which the tables are stacked below
+# Columns of the plan's tables, in the order in which `_plan`, `_tiles` and `_share_sinks` stack them.
 BLOCK_COLUMNS = tl.constexpr(6)
 BLOCK_KEY_ROW = tl.constexpr(0)
 BLOCK_FIRST_SLOT = tl.constexpr(1)
 BLOCK_NUM_KEYS = tl.constexpr(2)
 BLOCK_QUERY_ROW = tl.constexpr(3)
 BLOCK_FIRST = tl.constexpr(4)  # number of the first block of its document
-BLOCK_END = tl.constexpr(5)  # and one past the last
+BLOCK_END = tl.constexpr(5)  # one past the number of the last block of its document
 
 TILE_COLUMNS = tl.constexpr(6)
 TILE_QUERY_ROW = tl.constexpr(0)
@@ -58,20 +60,24 @@ ITEM_END_QUERY = tl.constexpr(2)
 
 @dataclass(frozen=True)
 class TritonPlan:
-    """Tables of int32 that kernels read; all on the device but `tile_starts`.
+    """Tables of a batch that the Triton kernels read.
+
+    All tables are int32 and on the device, unless stated otherwise.
 
     Attributes:
-        tiles (`[tiles, 6]`): of each tile of queries: batch row, first token, number of tokens, row of its keys, slot
-            of its document's first key, its document's first block.
-        tile_starts (`[tiles + 1]`, int64, on the CPU): number of the first query of each tile; at the end `X`.
-        last (`[X]`): position in its document of the last key that each query sees; -1 where it sees none.
-        blocks (`[N, 6]`): of each block: row of its keys, slot of its first key, number of keys, batch row of its
-            queries, its document's first block and one past the last.
-        query_start (`[N + 1]`): number of the first query whose last key lies in this block or a later one.
-        items (`[items, 3]`): of each share of a sink block's far queries: the block, the first query and one past the
-            last.
-        item_start (`[N + 1]`): number of each block's first item.
-        gather (`[M]`, int64, or `None`): flat slots (row times `S` plus slot) of content, where it must be gathered.
+        tiles (`[tiles, 6]`): for each tile of queries of one document, the batch row, the first token, the number of
+            tokens, the row of its keys, the slot of the document's first key, and the document's first block.
+        tile_starts (`[tiles + 1]`, int64, on the CPU): number of the first query of each tile; the last entry is `X`.
+        last (`[X]`): position, within its document, of the last key that each query sees; -1 if it sees no key.
+        blocks (`[N, 6]`): for each block, the row of its keys, the slot of its first key, the number of its keys, the
+            batch row of its queries, and the first and one past the last block of its document.
+        query_start (`[N + 1]`): for each block, the number of the first query whose last key lies in it or in a later
+            block.
+        items (`[items, 3]`): work items of the gradient of sink blocks. Each holds a sink block, and the first and one
+            past the last of some queries that see it from beyond its local blocks.
+        item_start (`[N + 1]`): for each block, the number of its first item.
+        gather (`[M]`, int64, or `None`): flat slots (row times `S` plus slot) of the visible tokens, if keys and values
+            must be gathered.
     """
 
     tiles: Tensor
@@ -85,13 +91,23 @@ class TritonPlan:
 
     @property
     def num_blocks(self) -> int:
-        """`N`."""
+        """Number of blocks of the whole batch, `N`."""
         return len(self.blocks)
 
 
 @dataclass(frozen=True)
 class _Documents:
-    """Where documents lie; vectors `[documents]`, int64, on the CPU, but for `last` and `of_query`, `[X]`."""
+    """Positions of the documents of a batch in memory; all vectors are int64 and on the CPU.
+
+    Attributes:
+        query_row (`[documents]`): batch row of the document's queries.
+        key_row (`[documents]`): row of the document's keys, which is 0 if they are gathered.
+        first_slot (`[documents]`): slot of the document's first visible key.
+        length (`[documents]`): number of visible tokens.
+        last (`[X]`): position, within its document, of the last key that each query sees; -1 if it sees no key.
+        of_query (`[X]`): number of each query's document.
+        gather (`[M]`, or `None`): flat slots of the visible tokens, if keys and values must be gathered.
+    """
 
     query_row: Tensor
     key_row: Tensor
@@ -103,23 +119,25 @@ class _Documents:
 
 
 Shape = tuple[int, int, int]  # B, T, S
-MOST_REMEMBERED = 4
-_recent: list[tuple[tuple, Tensor, Any]] = []  # what layouts say; all layers of a model pass the same tensor
+MOST_REMEMBERED = 4  # layouts whose results are kept
+_recent: list[tuple[tuple, Tensor, Any]] = []  # results of the latest layouts: all layers of a model pass one tensor
 
 
 def plan_tiles(
     layout: Tensor | None, shape: Shape, settings: SparseAttentionConfig, tile_tokens: int, device: torch.device
 ) -> TritonPlan:
-    """Return the plan of a batch; plans of the latest layouts are remembered.
+    """Return the plan of a batch, from memory if the layout is one of the latest.
 
-    A layout is copied to the CPU, which waits for the device, once for all layers that share it.
+    A new layout is copied to the CPU, which waits for the device. This happens once for all layers that pass the same
+    layout.
 
     Args:
-        layout (`[B, 1, 1, S]`, int32, or `None`): see `sparse_selection.py`.
+        layout (`[B, 1, 1, S]`, int32, or `None`): the document and the visibility of each key slot, as
+            `sparse_selection.py` defines it.
         shape: `B`, `T` and `S`.
         settings (`SparseAttentionConfig`): block size and budget.
-        tile_tokens (`int`): most query tokens in a tile.
-        device (`torch.device`): of the tables.
+        tile_tokens (`int`): largest number of query tokens in a tile.
+        device (`torch.device`): device of the tables.
     """
     if layout is None:
         return _plan_without_layout(shape, settings, tile_tokens, device)
@@ -131,15 +149,21 @@ def plan_tiles(
 
 
 def remembered(layout: Tensor, key: Hashable, build: Callable[[Tensor], Any]) -> Any:
-    """Return `build(layout)`, or what it returned for this tensor and key before, if it was among the latest."""
-    if layout.is_inference():  # it does not tell when it is written to
+    """Return `build(layout)`, from memory if the layout is one of the latest and has not been written to since.
+
+    Args:
+        layout (`[B, 1, 1, S]`, int32): argument of `build`.
+        key: everything else that the result depends on, including the kind of result.
+        build: function that computes the result.
+    """
+    if layout.is_inference():  # an inference tensor has no version counter that would reveal a write
         return build(layout)
     identity = (layout.data_ptr(), layout._version, layout.shape, layout.stride(), key)
     for known, _, result in _recent:
         if known == identity:
             return result
     result = build(layout)
-    # the tensor is kept, so that no other can take its place in memory
+    # The list holds the tensor itself, so that no other tensor can be allocated at its address.
     _recent[:] = [*_recent[1 - MOST_REMEMBERED :], (identity, layout, result)]
     return result
 
@@ -148,6 +172,7 @@ def remembered(layout: Tensor, key: Hashable, build: Callable[[Tensor], Any]) ->
 def _plan_without_layout(
     shape: Shape, settings: SparseAttentionConfig, tile_tokens: int, device: torch.device
 ) -> TritonPlan:
+    """Plan a batch whose rows are one document each, without hidden tokens."""
     batch, queries, keys = shape
     row = torch.arange(batch)
     last = torch.arange(keys - queries, keys).repeat(batch)
@@ -157,7 +182,7 @@ def _plan_without_layout(
 
 
 def _documents(layout: Tensor, shape: Shape) -> _Documents:
-    """Read a layout: slots with the same document number, up to the sign, are a document."""
+    """Find the documents of a layout `[B, 1, 1, S]`: runs of slots whose numbers have the same absolute value."""
     batch, queries, keys = shape
     layout = layout.detach().cpu()
     slots = query_slots(layout, queries, keys, layout.device).clamp(min=0)
@@ -170,15 +195,17 @@ def _documents(layout: Tensor, shape: Shape) -> _Documents:
     row = begins.flatten().nonzero()[:, 0] // keys
 
     length = torch.bincount(document[content], minlength=len(row))
-    start = length.cumsum(0) - length  # in the order of content
+    start = length.cumsum(0) - length  # number of the document's first visible token, over the whole batch
     has_content = length > 0
-    first, final = torch.zeros_like(start), torch.zeros_like(start) - 1
+    first = torch.zeros_like(start)  # flat slot of the document's first visible token
+    final = torch.zeros_like(start) - 1  # flat slot of its last visible token
     first[has_content] = content[start[has_content]]
     final[has_content] = content[(start + length - 1)[has_content]]
     flat = (torch.arange(batch)[:, None] * keys + slots).flatten()
     of_query = document[flat]
     last = (visible.cumsum(0) - 1)[flat] - start[of_query]
-    if bool(((final - first + 1 == length) | ~has_content).all()):
+    is_contiguous = (final - first + 1 == length) | ~has_content
+    if bool(is_contiguous.all()):
         return _Documents(row, row, (first - row * keys).clamp(min=0), length, last, of_query, None)
     return _Documents(row, torch.zeros_like(row), start, length, last, of_query, content)
 
@@ -186,14 +213,15 @@ def _documents(layout: Tensor, shape: Shape) -> _Documents:
 def _plan(
     documents: _Documents, shape: Shape, settings: SparseAttentionConfig, tile_tokens: int, device: torch.device
 ) -> TritonPlan:
+    """Divide documents into blocks, tiles and work items, and move the tables to the device."""
     size = settings.block_size
     _, queries, _ = shape
-    count = ceil_divide(documents.length, size)  # of blocks
-    end = count.cumsum(0)
-    start = end - count
-    block_document = torch.repeat_interleave(count)
+    num_blocks = ceil_divide(documents.length, size)  # blocks of each document
+    end = num_blocks.cumsum(0)
+    start = end - num_blocks
+    block_document = torch.repeat_interleave(num_blocks)
     block = torch.arange(len(block_document))
-    offset = (block - start[block_document]) * size  # of its first key in the document
+    offset = (block - start[block_document]) * size  # position of the block's first key in its document
     blocks = torch.stack(
         [
             documents.key_row[block_document],
@@ -205,7 +233,7 @@ def _plan(
         ],
         dim=1,
     )
-    # queries that see nothing count as of their document's first block, where they see nothing either
+    # A query that sees no key is counted as a query of its document's first block. It sees no key there either.
     query_block = start[documents.of_query] + documents.last.clamp(min=0) // size
     query_start = torch.searchsorted(query_block, torch.arange(len(block) + 1))
     items, item_start = _share_sinks(blocks, query_start, settings)
@@ -217,24 +245,52 @@ def _plan(
 
 
 def _tiles(documents: _Documents, first_block: Tensor, queries: int, tile_tokens: int) -> tuple[Tensor, Tensor]:
-    """Cut each document's queries into tiles; return the table and the number of each tile's first query."""
+    """Divide each document's queries into tiles.
+
+    Args:
+        documents (`_Documents`): the documents of the batch.
+        first_block (`[documents]`, int64): first block of each document.
+        queries (`int`): `T`.
+        tile_tokens (`int`): largest number of query tokens in a tile.
+
+    Returns:
+        `tiles` and `tile_starts` of [`TritonPlan`], as int64 on the CPU.
+    """
     document, counts = documents.of_query.unique_consecutive(return_counts=True)
     num_tiles = ceil_divide(counts, tile_tokens)
     of_tile = torch.repeat_interleave(num_tiles)
-    offset = (torch.arange(len(of_tile)) - (num_tiles.cumsum(0) - num_tiles)[of_tile]) * tile_tokens
-    first = (counts.cumsum(0) - counts)[of_tile] + offset
-    taken = (counts[of_tile] - offset).clamp(max=tile_tokens)
+    first_tile = num_tiles.cumsum(0) - num_tiles
+    offset = (torch.arange(len(of_tile)) - first_tile[of_tile]) * tile_tokens
+    first_query = (counts.cumsum(0) - counts)[of_tile] + offset
+    num_tokens = (counts[of_tile] - offset).clamp(max=tile_tokens)
     document = document[of_tile]
     row = documents.query_row[document]
-    columns = [row, first - row * queries, taken, documents.key_row[document], documents.first_slot[document]]
-    table = torch.stack([*columns, first_block[document]], dim=1)
-    return table, torch.cat([first, first.new_tensor([len(documents.of_query)])])
+    table = torch.stack(
+        [
+            row,
+            first_query - row * queries,
+            num_tokens,
+            documents.key_row[document],
+            documents.first_slot[document],
+            first_block[document],
+        ],
+        dim=1,
+    )
+    return table, torch.cat([first_query, first_query.new_tensor([len(documents.of_query)])])
 
 
 def _share_sinks(blocks: Tensor, query_start: Tensor, settings: SparseAttentionConfig) -> tuple[Tensor, Tensor]:
-    """Divide the queries that see a sink block from beyond its local ones; return items and each block's first."""
+    """Divide the queries that see a sink block from beyond its local blocks into work items.
+
+    Args:
+        blocks (`[N, 6]`, int64), query_start (`[N + 1]`, int64): as in [`TritonPlan`], on the CPU.
+        settings (`SparseAttentionConfig`): block size and budget.
+
+    Returns:
+        `items` and `item_start` of [`TritonPlan`], as int64 on the CPU.
+    """
     block = torch.arange(len(blocks))
-    first, end = blocks[:, -2:].unbind(1)  # BLOCK_FIRST and BLOCK_END
+    first, end = blocks[:, -2:].unbind(1)  # the columns BLOCK_FIRST and BLOCK_END
     begin = query_start[torch.minimum(block + settings.local_blocks, end)]
     stop = torch.where(block - first < settings.sink_blocks, query_start[end], begin)
     num_items = ceil_divide(stop - begin, QUERIES_PER_ITEM)

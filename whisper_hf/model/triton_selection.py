@@ -11,15 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Who chooses which block, in Triton: block means, scores and a running top-k.
+"""Choose the best-scoring blocks of each query, in Triton: block means, scores and a running top-k.
 
-Scores are those of [`block_scores`]: what a head makes of a block counts relative to its largest product with any
-complete block of the past, so that the past is walked twice, first for these, then for the scores. No product reaches
-memory. Each query keeps its best blocks as 64-bit integers, score above index, so that they sort with ties to the more
-recent block.
+The scores equal the scores of [`block_scores`]: the product of a head's query with a block's mean counts relative to
+the head's largest product with any complete past block. Therefore the kernel loops over the past twice: first for the
+largest products, then for the scores. It writes no product to memory. A query keeps its best blocks as 64-bit integers
+with the score in the upper and the block number in the lower half, so that ties go to the more recent block.
 
-Products are as exact as in float32 at the speed of the keys' own dtype: queries have that dtype already, and means are
-split into a sum of numbers that have it. The legend is that of `triton_plan.py`; also `P` parts of a mean.
+Products are as exact as in float32, at the speed of products in the dtype of the keys: queries have this dtype, and
+each mean is split into a sum of parts in this dtype.
+
+The shape legend of `triton_plan.py` applies here; in addition, `P` is the number of parts of a mean.
 """
 
 import torch
@@ -41,7 +43,8 @@ from .triton_plan import (
 )
 from .triton_tiling import Tiling
 
-# number of parts of a mean, and by how much each is scaled up against the one before, to stay clear of underflow
+# The number of parts of a mean, and the factor by which each part is scaled up relative to the part before it, so that
+# small parts do not underflow.
 PARTS = {torch.bfloat16: (3, 1.0), torch.float16: (2, 2.0**11), torch.float32: (1, 1.0)}
 
 
@@ -50,7 +53,7 @@ def _means_kernel(
     key, blocks, means, key_stride_b, key_stride_h, key_stride_s, num_blocks, D: tl.constexpr, DP: tl.constexpr,
     C: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean of one block's keys in parts; a program per block and key head."""
+    """Write the mean of a block's keys in parts; one program per block and key-value head."""
     block, head = tl.program_id(0), tl.program_id(1)
     of_block = blocks + block * BLOCK_COLUMNS
     row = tl.load(of_block + BLOCK_KEY_ROW).to(tl.int64)
@@ -70,16 +73,16 @@ def _means_kernel(
 
 @triton.jit
 def _products(queries, means, block, end, num_blocks, D: tl.constexpr, DP: tl.constexpr, PARTS, SHIFT):
-    """Multiply query rows `[M, D]` with the means of blocks `[n]`; those from `end` on read as zero.
+    """Multiply query rows `[rows, D]` with the means of blocks `[n]`; means of blocks from `end` on count as zero.
 
-    `means` points to a key head's first part; parts lie `num_programs(1)` heads apart.
+    `means` points to the first part of a key-value head's means; parts lie `num_programs(1)` heads apart.
     """
     dim = tl.arange(0, DP)
     mask = (dim[:, None] < D) & (block[None, :] < end)
     part_stride = tl.num_programs(1).to(tl.int64) * num_blocks * D
     at = block.to(tl.int64)[None, :] * D + dim[:, None]
     products = tl.zeros([queries.shape[0], block.shape[0]], dtype=tl.float32)
-    for part in tl.static_range(PARTS - 1, -1, -1):  # the smallest first
+    for part in tl.static_range(PARTS - 1, -1, -1):  # the smallest part first, which loses the fewest bits
         piece = tl.load(means + part * part_stride + at, mask=mask, other=0.0)
         products = tl.dot(queries, piece, products * (1.0 / SHIFT), input_precision="tf32x3")
     return products
@@ -87,22 +90,24 @@ def _products(queries, means, block, end, num_blocks, D: tl.constexpr, DP: tl.co
 
 @triton.jit
 def sortable(score, block):
-    """Pack float32 scores and block numbers into int64 that sort by score, then by number."""
+    """Pack float32 scores and block numbers into int64 that sort by score first and by block number second."""
     bits = score.to(tl.int32, bitcast=True)
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | block.to(tl.int64)
 
 
 @triton.jit
-def _insert(best, found):
-    """Let found numbers take the places of smaller ones; `[rows, k]` and `[rows, n]`, both without repetitions.
+def _insert(best, new):
+    """Replace the numbers of `best` (`[rows, k]`) by larger numbers of `new` (`[rows, n]`), row by row.
 
-    Takes as many steps as the row with most newcomers has, which soon become few, and no order is kept.
+    No number may occur twice in a row, except `-(2**63)`, which is never inserted. The result is in no particular
+    order. The loop takes as many steps as the largest number of replacements in a row, which soon becomes small.
     """
-    most, least = tl.max(found, axis=1), tl.min(best, axis=1)
-    while tl.max((most > least).to(tl.int32), axis=0) > 0:
-        best = tl.where((best == least[:, None]) & (most > least)[:, None], most[:, None], best)
-        found = tl.where(found == most[:, None], -(2**63), found)
-        most, least = tl.max(found, axis=1), tl.min(best, axis=1)
+    largest_new, smallest = tl.max(new, axis=1), tl.min(best, axis=1)
+    while tl.max((largest_new > smallest).to(tl.int32), axis=0) > 0:
+        is_replaced = (best == smallest[:, None]) & (largest_new > smallest)[:, None]
+        best = tl.where(is_replaced, largest_new[:, None], best)
+        new = tl.where(new == largest_new[:, None], -(2**63), new)
+        largest_new, smallest = tl.max(new, axis=1), tl.min(best, axis=1)
     return best
 
 
@@ -113,7 +118,10 @@ def _select_kernel(
     C: tl.constexpr, KP: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Write the blocks that a tile of queries chooses; a program per tile, the longest past first, and key head."""
+    """Write the blocks that a tile of queries chooses; one program per tile and key-value head.
+
+    The last tiles are computed first, because their queries have the longest past and take the most time.
+    """
     LOWEST: tl.constexpr = -(2**63)
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     of_tile = tiles + tile * TILE_COLUMNS
@@ -121,7 +129,7 @@ def _select_kernel(
     first = tl.load(of_tile + TILE_FIRST_TOKEN)
     count = tl.load(of_tile + TILE_NUM_TOKENS)
     first_block = tl.load(of_tile + TILE_FIRST_BLOCK)
-    number = query_row * num_tokens + first  # of the first query
+    number = query_row * num_tokens + first  # number of the tile's first query in the batch
 
     token = tl.arange(0, TOKENS)
     position = tl.load(last + number + token, mask=token < count, other=-1)
@@ -130,8 +138,8 @@ def _select_kernel(
     end = first_block + tl.maximum(position, 0) // C - local_blocks + 1
     farthest = tl.max(end, axis=0)
     rank = tl.arange(0, KP)
-    if farthest - begin <= topk:
-        picked = tl.where(begin + rank[None, :] < end[:, None], begin + rank[None, :], -1)
+    if farthest - begin <= topk:  # every query chooses all its candidates
+        selected = tl.where(begin + rank[None, :] < end[:, None], begin + rank[None, :], -1)
     else:
         row = tl.arange(0, TOKENS * GP)
         row_token, group, dim = row // GP, row % GP, tl.arange(0, DP)
@@ -152,10 +160,11 @@ def _select_kernel(
             products = _products(queries, means, block, past, num_blocks, D, DP, PARTS, SHIFT)
             products = tl.where(block[None, :] < current[:, None], products, float("-inf"))
             largest = tl.maximum(largest, tl.max(products, axis=1))
-        # a head that is only there to fill up the group never has the largest score
+        # Heads that only pad the group to a power of two get scores of minus infinity, so that they never count.
         largest = tl.where(group < G, tl.where(largest == float("-inf"), 0.0, largest), float("inf"))
 
-        # empty places hold different numbers, below any score; those beyond the k-th are never taken
+        # Empty places hold distinct numbers below any packed score. Places beyond `topk`, which pad `best` to a power
+        # of two, hold a number that no packed score exceeds.
         empty = tl.where(rank < topk, LOWEST + rank.to(tl.int64), 2**63 - 1)
         best = tl.zeros([TOKENS, KP], dtype=tl.int64) + empty[None, :]
         for start in range(begin, farthest, STEP):
@@ -164,17 +173,23 @@ def _select_kernel(
             scores = tl.max(tl.reshape(products - largest[:, None], [TOKENS, GP, STEP]), axis=1)
             packed = tl.where(block[None, :] < end[:, None], sortable(scores, block[None, :]), LOWEST)
             best = _insert(best, packed)
-        picked = tl.where(best < LOWEST + KP, -1, (best & 0xFFFFFFFF).to(tl.int32))
+        selected = tl.where(best < LOWEST + KP, -1, (best & 0xFFFFFFFF).to(tl.int32))
 
     out = chosen + (head.to(tl.int64) * num_queries + number + token[:, None]) * topk + rank[None, :]
-    tl.store(out, picked, mask=(token[:, None] < count) & (rank[None, :] < topk))
+    tl.store(out, selected, mask=(token[:, None] < count) & (rank[None, :] < topk))
 
 
 def block_means(key: Tensor, plan: TritonPlan, tiling: Tiling) -> Tensor:
-    """Return the mean key of each block as a sum of parts, `[P, K, N, D]`; only those of complete blocks are of use.
+    """Compute the mean key of each block, as a sum of parts in the dtype of the keys.
 
     Args:
-        key (`[B, K, S, D]`): bfloat16, float16 or float32; gathered, where the plan says so.
+        key (`[B, K, S, D]`, or `[1, K, M, D]` if the plan gathers visible tokens): bfloat16, float16 or float32.
+        plan (`TritonPlan`): plan of the batch.
+        tiling (`Tiling`): sizes of tiles.
+
+    Returns:
+        `[P, K, N, D]` in the dtype of `key`: the mean is `sum_p part_p / factor ** p`, with the factor in `PARTS`. The
+        means of incomplete blocks are meaningless.
     """
     heads, width = key.shape[1], key.shape[3]
     parts, shift = PARTS[key.dtype]
@@ -190,11 +205,15 @@ def choose(query: Tensor, key: Tensor, plan: TritonPlan, tiling: Tiling, setting
     """Choose the best-scoring candidate blocks of every query.
 
     Args:
-        query (`[B, H, T, D]`), key (`[B, K, S, D]`, gathered where the plan says so): of one dtype.
-        plan, tiling, settings: of the batch.
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`, or `[1, K, M, D]` if the plan gathers visible tokens): one dtype,
+            bfloat16, float16 or float32.
+        plan (`TritonPlan`): plan of the batch.
+        tiling (`Tiling`): sizes of tiles.
+        settings (`SparseAttentionConfig`): block size and budget.
 
     Returns:
-        `[K, X, topk_blocks]`, int32: numbers of blocks; -1 where there are fewer candidates.
+        `[K, X, topk_blocks]`, int32: numbers of blocks in the batch, in no particular order. A query with fewer
+        candidates than `topk_blocks` has -1 in the remaining places.
     """
     batch, _, tokens, _ = query.shape
     kv_heads, topk = key.shape[1], settings.topk_blocks

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How large the tiles of the Triton kernels are, and the constants that they are compiled for.
+"""Choose the sizes of the tiles of the Triton kernels, and the constants that the kernels are compiled for.
 
-The shape legend is that of `sparse_selection.py`.
+The shape legend of `sparse_selection.py` applies here; in addition, `E` is the value dimension.
 """
 
 from dataclasses import dataclass
@@ -24,26 +24,27 @@ from torch import Tensor
 from .configuration_whisper_lm import SparseAttentionConfig
 from .triton_optional import power_of_two
 
-NARROW = 256  # bytes of a head's row, such as 128 numbers of 16 bits; tiles of wider rows have fewer of them
-ROWS = 128  # queries of a tile times heads of their group
-PAIR_ROWS = 64  # the same, of the queries that chose a block and are gathered for one product with it
-KEYS_PER_STEP = 64
-BLOCKS_PER_STEP = 32  # scored at once
-SMALLEST = 16  # side of a matrix product
+NARROW = 256  # bytes of one head of a token, such as 128 numbers of 16 bits; tiles of wider rows have fewer rows
+ROWS = 128  # rows of a tile of queries: query tokens times heads of the group
+PAIR_ROWS = 64  # rows of a gathered tile, whose queries chose one block: query tokens times heads of the group
+KEYS_PER_STEP = 64  # keys that a loop over keys multiplies at once
+BLOCKS_PER_STEP = 32  # blocks that are scored at once
+SMALLEST = 16  # smallest dimension of a matrix product
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of tiles.
+    """Sizes of the tiles of the Triton kernels.
 
     Attributes:
-        tile_tokens (`int`): query tokens of a tile.
-        pair_tokens (`int`): gathered query tokens.
-        keys (`int`): keys at once.
-        blocks (`int`): block means at once.
-        stages (`int`): loads in flight.
-        constants: what the kernels are compiled for: heads per group, head dimensions (padded to powers of two, too),
-            and block size.
+        tile_tokens (`int`): query tokens of a tile of consecutive queries.
+        pair_tokens (`int`): query tokens of a gathered tile, whose queries chose one block.
+        keys (`int`): keys that a loop over keys multiplies at once.
+        blocks (`int`): block means that are multiplied at once.
+        stages (`int`): stages of the software pipeline that loads ahead (`num_stages` of Triton).
+        constants: numbers that the kernels are compiled for. `G` is the number of heads per group, `D` the dimension of
+            queries and keys, `E` the dimension of values, and `C` the number of tokens per block. `GP`, `DP` and `EP`
+            are `G`, `D` and `E`, padded to powers of two; `DP` and `EP` are at least `SMALLEST`.
     """
 
     tile_tokens: int
@@ -55,13 +56,27 @@ class Tiling:
 
 
 def row_bytes(widths: tuple[int, int], itemsize: int) -> int:
-    """Return the bytes of the wider of a query's row and a value's row, padded to a power of two."""
+    """Return the bytes of the wider of a key's and a value's row, padded to a power of two.
+
+    Args:
+        widths (pair of `int`): the dimensions `D` and `E`.
+        itemsize (`int`): bytes of a number.
+    """
     return power_of_two(max(*widths, SMALLEST)) * itemsize
 
 
 def tiling_for(query: Tensor, key: Tensor, value: Tensor, settings: SparseAttentionConfig) -> Tiling:
-    """Return the sizes for queries `[B, H, T, D]`, keys `[B, K, S, D]` and values `[B, K, S, E]` of one dtype."""
-    groups, width, value_width = query.shape[1] // key.shape[1], query.shape[3], value.shape[3]
+    """Return the sizes of tiles for some tensors.
+
+    Args:
+        query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): of one dtype. Only shapes and the dtype
+            are read.
+        settings (`SparseAttentionConfig`): block size and budget.
+    """
+    groups = query.shape[1] // key.shape[1]
+    width = query.shape[3]
+    value_width = value.shape[3]
+    # Tiles of rows that are `share` times wider than NARROW have `share` times fewer rows.
     share = max(row_bytes((width, value_width), query.element_size()) // NARROW, 1)
     padded = power_of_two(groups)
     constants = {
@@ -73,12 +88,13 @@ def tiling_for(query: Tensor, key: Tensor, value: Tensor, settings: SparseAttent
         "EP": max(power_of_two(value_width), SMALLEST),
         "C": settings.block_size,
     }
-    rows, pair_rows = (max(count // share, SMALLEST) for count in (ROWS, PAIR_ROWS))
+    rows = max(ROWS // share, SMALLEST)
+    pair_rows = max(PAIR_ROWS // share, SMALLEST)
     return Tiling(
-        max(rows // padded, 1),
-        max(pair_rows // padded, 1),
-        max(KEYS_PER_STEP // share, SMALLEST),
-        max(BLOCKS_PER_STEP // share, SMALLEST),
-        3 if share == 1 else 1,
-        constants,
+        tile_tokens=max(rows // padded, 1),
+        pair_tokens=max(pair_rows // padded, 1),
+        keys=max(KEYS_PER_STEP // share, SMALLEST),
+        blocks=max(BLOCKS_PER_STEP // share, SMALLEST),
+        stages=3 if share == 1 else 1,
+        constants=constants,
     )
