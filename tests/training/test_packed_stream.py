@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments, default_data_collator
 
 from whisper_hf import PackedStream, packed_rows
-from whisper_hf.model.repetition_loss import IGNORED
+from whisper_hf.model.labels import IGNORED
 from whisper_hf.training import packed_stream
 
 from ..conftest import LENGTH, tiny_model
