@@ -167,7 +167,7 @@ _attend, _ = register_attention_op(__name__, _forward, _backward, _empty_outputs
 
 @dataclass(frozen=True)
 class _Head:
-    """Copy the visible tokens of one batch row and one key-value head out of `[B, H, T, D]` tensors, and back.
+    """Access to the visible tokens of one batch row and one key-value head in `[B, H, T, D]` tensors.
 
     Attributes:
         plan (`RowPlan`): where the visible tokens, blocks and queries of the batch row lie.

@@ -18,7 +18,7 @@ are opaque to `torch.compile`. `triton_plan.py` plans a batch and `triton_tiling
 kernels of the forward pass are in `triton_selection.py`, `triton_choosers.py` and `triton_forward.py`; the kernels of
 the backward pass are in `triton_backward_keys.py` and `triton_backward_queries.py`.
 
-The shape legend of `triton_plan.py` applies here.
+The shape legend of `triton_plan.py` applies here; in addition, `E` is the value dimension.
 """
 
 import torch

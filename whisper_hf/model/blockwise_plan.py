@@ -13,9 +13,9 @@
 # limitations under the License.
 """Plan a batch for [`attention_blockwise`]: find its tokens, blocks, and the queries that attend to each block.
 
-The shape legend of `sparse_selection.py` applies here; in addition, a batch row has `M` content tokens (tokens that the
-attention mask shows), `N` blocks of content tokens, and `Q` queries that see at least one content token. A *content
-index* numbers the content tokens of a row from 0 to `M - 1`, over all its documents.
+The shape legend of `sparse_selection.py` applies here; in addition, a batch row has `M` content tokens (its visible
+tokens, in order), `N` blocks of content tokens, and `Q` queries that see at least one content token. A *content index*
+numbers the content tokens of a row from 0 to `M - 1`, over all its documents.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ class RowPlan:
 def plan_rows(
     layout: Tensor | None, batch_size: int, query_length: int, key_length: int, block_size: int, device: torch.device
 ) -> list[RowPlan]:
-    """Plan every batch row.
+    """Find the positions of content tokens, blocks and queries in every batch row.
 
     Args:
         layout (`[B, 1, 1, S]`, int32, or `None`): the document and the visibility of each key slot, as
@@ -82,7 +82,7 @@ def plan_rows(
 
 
 def _plan_row(document: Tensor | None, slots: Tensor, key_length: int, block_size: int) -> RowPlan:
-    """Plan one batch row.
+    """Find the positions of content tokens, blocks and queries in one batch row.
 
     Args:
         document (`[S]`, int32, or `None`): this row of the layout.

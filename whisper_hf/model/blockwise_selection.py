@@ -81,7 +81,7 @@ def _exclude(scores: Tensor, begin: Tensor, end: Tensor, low: int) -> None:
 
 
 def _block_means(key: Tensor, plan: RowPlan, block_size: int) -> Tensor:
-    """Return the mean key of every block, `[N, D]`; incomplete blocks, never candidates, have meaningless means."""
+    """Return the mean key of every block, `[N, D]`; means of incomplete blocks are meaningless and unused."""
     bounds = plan.key_bounds
     num_complete = len(key) // block_size
     if bounds[num_complete] == num_complete * block_size:  # only the last block may be incomplete

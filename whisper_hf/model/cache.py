@@ -163,7 +163,7 @@ class DynamicMaskedSparseLayer(DynamicLayer):
         return buffer[:, :, :end]
 
     def _update_means(self, layout: Tensor | None, seen: int, block_size: int | None) -> None:
-        """Update the block means after `seen` tokens have grown to all of `keys`; drop them without a block size."""
+        """Update the block means for all tokens but the first `seen`; drop the means if no block size is given."""
         length = self.keys.shape[2]
         if block_size is None or (seen and self.block_means is None):
             self.block_means = None

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Compute the gradient of masked sparse attention, in Triton; the part by query tile is in another file.
+"""Compute the gradient of masked sparse attention, in Triton: the launcher, and the kernels by key block.
 
 Five kernels compute the gradient. Each sum has one owner and a fixed order, without atomic additions, so that the
 results are bitwise reproducible:
@@ -58,7 +58,7 @@ from .triton_tiling import Tiling
 
 @triton.jit
 def weigh(queries, grads, lse, delta, keys, values, visible, scaling):
-    """Return the attention weights of rows with some keys, and the gradients of their logits.
+    """Return the attention weights of query rows with some keys, and the gradients of their logits.
 
     Args:
         queries, grads: `[R, DP]` and `[R, EP]`, queries and gradients of their outputs.
@@ -213,7 +213,7 @@ def _sink_kernel(
     value_stride_s, grad_stride_b, grad_stride_h, grad_stride_t, num_tokens, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write the share of a work item in the gradients of a sink block; one program per item and key-value head."""
+    """Write a work item's share of the gradients of a sink block; one program per item and key-value head."""
     item, head = tl.program_id(0), tl.program_id(1)
     of_item = items + item * ITEM_COLUMNS
     block = tl.load(of_item + ITEM_BLOCK)

@@ -66,7 +66,7 @@ def row_bytes(widths: tuple[int, int], itemsize: int) -> int:
 
 
 def tiling_for(query: Tensor, key: Tensor, value: Tensor, settings: SparseAttentionConfig) -> Tiling:
-    """Return the sizes of tiles for some tensors.
+    """Choose the sizes of the tiles for some queries, keys and values.
 
     Args:
         query (`[B, H, T, D]`), key (`[B, K, S, D]`), value (`[B, K, S, E]`): of one dtype. Only shapes and the dtype
