@@ -108,7 +108,9 @@ def quantize(
                 keep_layers(model, quantization, list(sensitive))
             del model
         say(f"quantizing on {device}")
-        checks = {} if ids is not None else {"finite": True, "verify_checksums": verify}  # once is enough
+        checks = (
+            {} if ids is not None else {"finite": True, "verify_checksums": verify}
+        )  # the source was checked above if it was loaded to be measured
         model = load_causal_lm(source, quantization_config=quantization, **checks, **options)
         settings = quantization.to_diff_dict()
         report["quantization_config"] = {key: value for key, value in settings.items() if not key.startswith("_")}
