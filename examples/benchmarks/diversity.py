@@ -1,4 +1,4 @@
-"""Compare training objectives against repetition, at three strengths each: how much they help, and what they cost.
+"""Compare training objectives against repetition, at three strengths each: what they achieve and cost.
 
     pip install -e ".[examples,metrics]"
     python examples/benchmarks/diversity.py                 # everything: about two hours on an idle core
