@@ -16,7 +16,7 @@ head `h` in a group. The number in the name of a way is the block size.
                    log-sum-exp has 1/2 in place of 1/4, and overestimates
 - `probabilities`: `s(b) = sum_h softmax_b(e_h(b))`, with `e_h` as in `second`
 
-`default` is `heads` with the default settings, which have a budget of 1,600 tokens whatever `--budget` is.
+`default` is `heads` with the default settings, which have a budget of 1,600 tokens; `--budget` does not change it.
 
 The script measures
 

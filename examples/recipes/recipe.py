@@ -110,7 +110,7 @@ def load(source: str | Path, args: DistillationConfig) -> Model:
 def load_in(dtype: torch.dtype, source: str | Path) -> Model:
     """Load a model that computes in a dtype, also if it is quantized.
 
-    For a quantized model, transformers loads the saved dtypes whatever `dtype` says.
+    transformers ignores `dtype` for a quantized model, and loads the dtypes that were saved.
     """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **PLACE).eval()
     for parameter in model.parameters():
