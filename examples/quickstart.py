@@ -1,10 +1,11 @@
-"""Five minutes with Whisper LM: convert a dense model, compare, generate, measure, fine-tune, save and reload.
+"""Convert a dense language model to a sparse WhisperLM, compare, generate, measure, fine-tune, save and reload.
 
     pip install -e ".[examples]"
-    python examples/quickstart.py
+    python examples/quickstart.py                     # about five minutes on a CPU
 
-Everything runs on the CPU in float32 (bfloat16 matrix products are slow on CPUs without units for them). The model is
-SmolLM2-135M-Instruct, downloaded once, or with `--model` any Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+The script runs on the CPU in float32, since bfloat16 matrix products are slow on CPUs that do not support them in
+hardware. The model is SmolLM2-135M-Instruct, which is downloaded once, or with `--model` any Llama, Mistral, Qwen2 or
+Qwen3 checkpoint.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from whisper_hf import SparseAttentionConfig, from_dense
 from whisper_hf.conversion import sparse_config
 
 try:
-    # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
+    # peft imports bitsandbytes, which on some CPUs logs that a package is missing; only 4-bit products need it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -40,20 +41,20 @@ try:
 except ImportError as error:
     raise SystemExit(f"quickstart.py: {error}; pip install 'whisper-hf[examples]'") from error
 
-# 1 sink, 8 local and 16 chosen blocks of 32 tokens: smaller than the defaults, so that 4,096 tokens are already many
+# a budget of 25 blocks, smaller than the default of 50, so that 4,096 tokens are several times longer than the budget
 SPARSE = SparseAttentionConfig(block_size=32, topk_blocks=16, local_blocks=8, sink_blocks=1)
 BUDGET = SPARSE.budget_blocks * SPARSE.block_size  # tokens
-SHORT = 512  # tokens: sequences within the budget, where attention is dense and training as fast as ever
+SHORT = 512  # tokens of a sequence within the budget, where attention is dense
 HELD_OUT = 8  # sequences of SHORT tokens
-CHUNK = 1024  # tokens of a long window read at once; bounds the memory for logits
+CHUNK = 1024  # tokens of a long window per forward pass; bounds the memory for logits
 BOOKS = Path(__file__).parent / "data"
-NUMBERS = "quickstart.json"  # saved beside the model; marks a folder as the result of an earlier run
+NUMBERS = "quickstart.json"  # saved beside the model; the file marks a folder as the result of an earlier run
 PROMPT = "Emma had hardly closed the door of the library, when"
 QUESTION = "What is the capital of France?"
 
 
 def main() -> None:
-    """Tell the story from a dense checkpoint to a fine-tuned sparse one."""
+    """Run all phases, from loading the dense checkpoint to reloading the fine-tuned sparse one."""
     args = parse_arguments()
     results: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
@@ -94,7 +95,7 @@ def main() -> None:
 
 @contextmanager
 def phase(title: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Announce a part of the story, and note how long it took."""
+    """Print the title of a phase, and store how many seconds the phase took under its title."""
     print(f"\n{len(seconds) + 1}. {title}", flush=True)
     start = time.monotonic()
     yield
@@ -102,12 +103,12 @@ def phase(title: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def load(source: str | None, context: int) -> tuple[Model, Tokenizer]:
-    """Load the dense model, in float32, and its tokenizer; first check that both suit."""
+    """Load the dense model, in float32, and its tokenizer, after checking that the model can be converted."""
     try:
         source = smollm2_checkpoint() if source is None else source
         positions = sparse_config(AutoConfig.from_pretrained(source), SPARSE).max_position_embeddings
         if context > positions:
-            raise ValueError(f"--context must be at most its {positions} positions, got {context}")
+            raise ValueError(f"--context must be at most the model's {positions} positions, got {context}; lower it")
         tokenizer = AutoTokenizer.from_pretrained(source)
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), tokenizer
     except (OSError, ValueError) as error:
@@ -116,30 +117,34 @@ def load(source: str | None, context: int) -> tuple[Model, Tokenizer]:
 
 
 def held_out_text(tokenizer: Tokenizer, context: int) -> tuple[Tensor, Tensor]:
-    """Return one long window of a novel, `[1, context]`, and short ones that follow it, `[HELD_OUT, SHORT]`, int64."""
+    """Return a long window of a novel, `[1, context]`, and the short windows after it, `[HELD_OUT, SHORT]`, int64."""
     tokens = read_book("northanger_abbey", tokenizer)
     longest = len(tokens) - HELD_OUT * SHORT
     if context > longest:
-        raise SystemExit(f"quickstart.py: --context must be at most {longest}, what the novel has, got {context}")
+        raise SystemExit(f"quickstart.py: --context must be at most {longest}, the tokens in the novel, got {context}")
     return tokens[None, :context], tokens[context : context + HELD_OUT * SHORT].view(HELD_OUT, SHORT)
 
 
 def read_book(name: str, tokenizer: Tokenizer) -> Tensor:
-    """Return the token ids of a novel, `[tokens]` int64; the file has one paragraph a line."""
+    """Return the token ids of a novel, `[tokens]` int64, whose file has one paragraph per line."""
     lines = Path(BOOKS, f"{name}.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     return torch.tensor([token for ids in tokenizer(lines, add_special_tokens=False).input_ids for token in ids])
 
 
 @torch.no_grad()
 def compare(dense: Model, model: Model, tokens: Tensor) -> tuple[float, bool]:
-    """Return the largest absolute difference of logits on `tokens` (`[1, T]`), and whether both continue them alike."""
+    """Compare two models on `tokens`, `[1, T]` int64.
+
+    Returns:
+        the largest absolute difference of their logits, and whether greedy decoding gives the same continuation.
+    """
     difference = (dense(tokens).logits - model(tokens).logits).abs().max().item()
     greedy = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 16, "do_sample": False}
     return difference, torch.equal(dense.generate(tokens, **greedy), model.generate(tokens, **greedy))
 
 
 def generate(model: Model, tokenizer: Tokenizer, seed: int) -> str:
-    """Continue a prompt and, if the model can chat, answer a question; return the continuation."""
+    """Print a sampled continuation of a prompt and, if the model can chat, an answer; return the continuation."""
     writer = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     torch.manual_seed(seed)
     text = writer(PROMPT, max_new_tokens=48, do_sample=True, top_p=0.9)[0]["generated_text"]
@@ -151,21 +156,30 @@ def generate(model: Model, tokenizer: Tokenizer, seed: int) -> str:
 
 
 def perplexities(model: Model, long: Tensor, short: Tensor, name: str) -> dict[str, float]:
-    """Measure the long window beyond the budget, which sparsity can change, and the short ones, within it."""
-    beyond, within = perplexity(model, long, f"{name}, long", skip=BUDGET), perplexity(model, short, f"{name}, short")
+    """Measure perplexity beyond the budget, where attention is sparse, and within it, where attention is dense.
+
+    Args:
+        model: the model to measure.
+        long: `[1, context]` int64, measured beyond its first `BUDGET` tokens.
+        short: `[HELD_OUT, SHORT]` int64, each row within the budget.
+        name: name of the model in the output.
+    """
+    beyond = perplexity(model, long, f"{name}, long", skip=BUDGET)
+    within = perplexity(model, short, f"{name}, short")
     print(f"{name}: {beyond:.2f} beyond the first {BUDGET} tokens, {within:.2f} within")
     return {"perplexity beyond the budget": beyond, "perplexity within the budget": within}
 
 
 @torch.no_grad()
 def perplexity(model: Model, windows: Tensor, label: str, skip: int = 0) -> float:
-    """Return the perplexity per token of `windows` (`[N, T]`), without what the first `skip` tokens of each predict."""
+    """Return the perplexity per token of `windows`, `[N, T]` int64, without the first `skip` predictions of each."""
     losses = []  # nats
     cache = None
     chunks = [(row, start) for row in windows for start in range(0, len(row) - 1, CHUNK)]
     for row, start in tqdm(chunks, desc=label, unit="chunk"):
         cache = DynamicCache(config=model.config) if start == 0 else cache
-        inputs, targets = row[:-1][start : start + CHUNK], row[1:][start : start + CHUNK]
+        inputs = row[:-1][start : start + CHUNK]
+        targets = row[1:][start : start + CHUNK]
         logits = model(inputs[None], cache=cache, use_cache=True).logits[0]
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         losses.append(loss[max(0, skip - start) :])
@@ -173,13 +187,15 @@ def perplexity(model: Model, windows: Tensor, label: str, skip: int = 0) -> floa
 
 
 class Progress(TrainerCallback):
-    """Shows how far training is and how it goes, and ends it after `limit` seconds."""
+    """A progress bar for training that shows the loss, and stops training after `limit` seconds."""
 
     def __init__(self, limit: float, bar: tqdm) -> None:
-        self.limit, self.bar, self.start = limit, bar, time.monotonic()
+        self.limit = limit
+        self.bar = bar
+        self.start = time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Move the bar after each step; stop when the time is up."""
+        """Move the bar after a step, and stop training when the time is up."""
         elapsed = time.monotonic() - self.start
         self.bar.n = min(1.0, max(elapsed / self.limit, state.global_step / state.max_steps))
         self.bar.set_postfix_str(f"step {state.global_step}, loss {logs['loss']:.3f}" if "loss" in logs else "done")
@@ -187,8 +203,8 @@ class Progress(TrainerCallback):
 
 
 def finetune(model: Model, tokens: Tensor, args: argparse.Namespace) -> Model:
-    """Train a LoRA adapter on `tokens` (`[tokens]`) with transformers' Trainer, and merge it into the model."""
-    # peft still asks for a property that transformers has renamed
+    """Train a LoRA adapter on `tokens`, `[tokens]` int64, with transformers' Trainer, and merge it into the model."""
+    # peft reads a property that transformers has renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     torch.manual_seed(args.seed)
     rows = tokens[: len(tokens) // SHORT * SHORT].view(-1, SHORT).tolist()
@@ -201,14 +217,14 @@ def finetune(model: Model, tokens: Tensor, args: argparse.Namespace) -> Model:
                 output_dir=scratch,
                 per_device_train_batch_size=1,
                 learning_rate=1e-3,
-                lr_scheduler_type="constant_with_warmup",  # does not depend on how many steps there will be
+                lr_scheduler_type="constant_with_warmup",  # independent of the number of steps, which is unknown
                 warmup_steps=4,
                 max_steps=args.steps or 1_000_000,
-                label_names=["labels"],  # behind an adapter the Trainer cannot find them out
+                label_names=["labels"],  # the Trainer cannot infer them from a model with an adapter
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",
-                disable_tqdm=True,  # Progress has a bar that knows the time
+                disable_tqdm=True,  # the callback below has a bar that shows the time
                 use_cpu=True,
                 seed=args.seed,
             ),
@@ -220,7 +236,7 @@ def finetune(model: Model, tokens: Tensor, args: argparse.Namespace) -> Model:
 
 
 def save(model: Model, tokenizer: Tokenizer, folder: Path, results: dict[str, Any]) -> None:
-    """Save everything; files appear in the folder only when all are complete."""
+    """Save model, tokenizer and results; files appear in the folder only when all are complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
         model.save_pretrained(scratch)
@@ -232,7 +248,7 @@ def save(model: Model, tokenizer: Tokenizer, folder: Path, results: dict[str, An
 
 @torch.no_grad()
 def check_reload(model: Model, folder: Path, long: Tensor) -> None:
-    """Show that what was saved is the same model and still sparse, on more tokens than the budget."""
+    """Print whether the saved model, reloaded, is still sparse and gives the same logits beyond the budget."""
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     tokens = long[:, : BUDGET + SHORT]
     is_same = torch.equal(model(tokens).logits, reloaded(tokens).logits)
@@ -241,7 +257,7 @@ def check_reload(model: Model, folder: Path, long: Tensor) -> None:
 
 
 def print_summary(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> None:
-    """Print what came out, before against after, and how long each phase took."""
+    """Print the results of the dense, the sparse and the fine-tuned model side by side, and the time of each phase."""
     rows = [[title, *(column.get(title, "") for column in results.values())] for title in results["sparse"]]
     rows = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows]
     print("\n" + tabulate(rows, ["", *results], "grid", disable_numparse=True, maxcolwidths=[28, None, 36, 36]))
@@ -250,13 +266,17 @@ def print_summary(results: dict[str, dict[str, Any]], seconds: dict[str, float])
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line, and refuse what cannot work before anything is loaded."""
+    """Parse the command line, and refuse invalid values before anything is loaded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", help="Hub id or folder of a dense model (default: SmolLM2-135M-Instruct)")
-    add("--output", type=Path, default="runs/quickstart", help="folder to save in (default: %(default)s)")
+    add("--output", type=Path, default="runs/quickstart", help="folder for the result (default: %(default)s)")
     add("--minutes", type=float, default=2, help="how long to fine-tune (default: %(default)s)")
-    add("--steps", type=int, help="fine-tune for so many steps instead: the same seed then gives the same numbers")
+    add(
+        "--steps",
+        type=int,
+        help="fine-tune for this number of steps instead; the same seed then gives the same numbers",
+    )
     add("--seed", type=int, default=0, help="for sampling and fine-tuning (default: %(default)s)")
     add("--context", type=int, default=4096, help="tokens of the long window (default: %(default)s)")
     args = parser.parse_args()
@@ -273,9 +293,13 @@ def parse_arguments() -> argparse.Namespace:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=existing).close()
         if existing == folder and any(folder.iterdir()) and not Path(folder, NUMBERS).is_file():
-            parser.error(f"--output must be new, empty or an earlier result, got '{args.output}' with other files")
+            parser.error(
+                f"--output must be new, empty or an earlier result, got '{args.output}' with other files; name another"
+            )
     except OSError as error:
-        parser.error(f"--output must be a folder to write to, got '{args.output}': {error.strerror}; name another one")
+        parser.error(
+            f"--output must be a folder to write to, got '{args.output}': {error.strerror}; name another folder"
+        )
     return args
 
 

@@ -1,25 +1,27 @@
-"""Teach a language model to translate: LoRA on verses in English and Spanish, BLEU and chrF on whole books held out.
+"""Fine-tune a language model to translate, by LoRA on English and Spanish verses, and measure BLEU and chrF.
 
     pip install -e ".[examples,metrics]"
-    python examples/translate.py --max_steps 20                           # some eight minutes on a CPU
+    python examples/translate.py --max_steps 20                           # about eight minutes on a CPU
     accelerate launch examples/translate.py --model Qwen/Qwen3-0.6B --bf16 --max_steps -1 --num_train_epochs 3 \\
         --verses_per_example 24 --eval_examples 0 --per_device_train_batch_size 8 --output_dir runs/qwen3-translate
 
-The model is SmolLM2-135M-Instruct unless another one is named; a dense one is converted to a WhisperLM. An example is a
-passage of consecutive verses, in the model's chat format or as a plain instruction, and only the translation is learnt,
-not the prompt. Four verses are some 360 tokens, beyond the default budget of 208, so attention is sparse in training
-and in most of each translation. Shorter passages, or a larger `--sparse_attention`, may fit into the budget, and
-attention is then simply dense: how many examples exceed it is printed, and kept with the results.
+The model is SmolLM2-135M-Instruct unless `--model` names another; a dense model is converted to a WhisperLM. Whole
+books of the verses are held out for the measurements. An example is a passage of consecutive verses, in the model's
+chat format or as a plain instruction. The loss counts only the translation, not the prompt. Four verses are about 360
+tokens, beyond the default budget of 208, so attention is sparse in training and in most of each translation. Shorter
+passages, or a larger `--sparse_attention`, may fit into the budget, where attention is dense. The script prints what
+share of the examples exceeds the budget, and saves it with the results.
 
-Other data: `--pairs` takes any file of tab-separated pairs, or a data set, whose consecutive rows make a passage
-(`--verses_per_example 1` if they are not a text), and `--held_out 500` its last pairs to evaluate on, or another file:
+For other data, `--pairs` takes a file of tab-separated pairs or a data set. Consecutive rows form a passage; use
+`--verses_per_example 1` if the rows are not a continuous text. `--held_out` takes the number of last pairs to evaluate
+on, or another file:
 
     python examples/translate.py --pairs Helsinki-NLP/opus_books --config en-fr --target_language French \\
         --columns translation.en translation.fr --held_out 500 --verses_per_example 1
 
-Arguments of transformers' TrainingArguments can be given too: `--resume_from_checkpoint last` goes on after an
-interruption. Run it with `--help` for the list. Translations of one batch come from one process, so FSDP and ZeRO 3 are
-refused; several GPUs with a whole model each are fine.
+All arguments of transformers' TrainingArguments can be given: `--resume_from_checkpoint last` resumes after an
+interruption. `--help` lists all arguments. Each process translates its own batches with a whole model, so several GPUs
+are fine, but FSDP and ZeRO 3 are refused.
 """
 
 import json
@@ -45,7 +47,7 @@ from whisper_hf.cards.results import save_results
 from whisper_hf.training.generation import continue_prompts, end_tokens
 
 try:
-    # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
+    # peft imports bitsandbytes, which on some CPUs logs that a package is missing; only 4-bit products need it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import datasets
     from accelerate.utils import gather_object
@@ -59,9 +61,10 @@ try:
 except ImportError as error:
     raise SystemExit(f"translate.py: {error}; pip install 'whisper-hf[examples,metrics]'") from error
 
-RESULTS, TRANSLATIONS = "translate.json", "translations.json"  # numbers; texts, with all that an interrupted run needs
+RESULTS = "translate.json"  # the scores
+TRANSLATIONS = "translations.json"  # the translated texts, with all that an interrupted run needs
 NAME = "SmolLM2-135M-Instruct"
-IGNORED = -100  # label of tokens that are not learnt
+IGNORED = -100  # label of tokens that the loss does not count
 SPARSE = '{"block_size": 16, "topk_blocks": 8, "local_blocks": 4, "sink_blocks": 1}'
 DEFAULTS = {
     "output_dir": "runs/translate",
@@ -70,86 +73,110 @@ DEFAULTS = {
     "per_device_eval_batch_size": 8,
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,  # below 1: a share of all steps
-    "label_names": ["labels"],  # behind an adapter the Trainer cannot find them out
+    "warmup_steps": 0.1,  # a value below 1 is a share of all steps
+    "label_names": ["labels"],  # the Trainer cannot infer them from a model with an adapter
     "logging_steps": 5,
     "save_steps": 20,
     "save_total_limit": 2,
     "report_to": "none",
 }
-METRICS = {"bleu": ("BLEU", None), "chrf": ("chrF", None), "loss": ("loss", "nats/token")}  # and their units
+# key of a score -> its name and unit in the results file
+METRICS = {"bleu": ("BLEU", None), "chrf": ("chrF", None), "loss": ("loss", "nats/token")}
 
 
 @dataclass
 class ScriptArguments:
-    """Model, text and translations; what concerns training is in transformers' TrainingArguments."""
+    """The arguments of model, text and translations; the arguments of training are `TrainingArguments`."""
 
     model: str | None = field(
-        default=None, metadata={"help": "path or Hub id, of a WhisperLM or dense; by default SmolLM2-135M-Instruct"}
+        default=None,
+        metadata={"help": "path or Hub id of a WhisperLM or a dense model; by default SmolLM2-135M-Instruct"},
     )
     sparse_attention: str | None = field(
-        default=None, metadata={"help": f"as JSON; by default a WhisperLM's own, for a dense model {SPARSE}"}
+        default=None,
+        metadata={
+            "help": f"block size and budget, as JSON; by default those of a WhisperLM, or {SPARSE} for a dense model"
+        },
     )
     pairs: str | None = field(
         default=None,
         metadata={
-            "help": "file of tab-separated pairs (may be .gz), or path or Hub id of a data set; by default verses"
+            "help": "file of tab-separated pairs (may be .gz), or path or Hub id of a data set; by default the verses"
         },
     )
-    config: str | None = field(default=None, metadata={"help": "of a data set that has several, such as en-fr"})
-    split: str = field(default="train", metadata={"help": "of a data set"})
+    config: str | None = field(
+        default=None, metadata={"help": "configuration of a data set that has several, such as en-fr"}
+    )
+    split: str = field(default="train", metadata={"help": "split of a data set"})
     columns: list[str] = field(
         default_factory=lambda: ["source", "target"],
-        metadata={"help": "of a data set: those of source and target; of nested ones as translation.en"},
+        metadata={
+            "help": "columns of a data set with source and target; nested columns have names such as translation.en"
+        },
     )
     held_out: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"what to evaluate on and never train on: of the verses, books among {', '.join(BOOKS)} (default: "
-            f"all); of other pairs, their last N (default: {LAST}), or another file"
+            "help": f"what to evaluate on and never train on: books of the verses among {', '.join(BOOKS)} (default: "
+            f"all); or the number of last pairs of other data (default: {LAST}); or another file"
         },
     )
-    source_language: str = field(default="English", metadata={"help": "as prompts name it"})
-    target_language: str = field(default="Spanish", metadata={"help": "as prompts name it"})
-    reverse: bool = field(default=False, metadata={"help": "translate from the target language into the source one"})
-    verses_per_example: int = field(default=4, metadata={"help": "consecutive pairs in an example, a line each"})
-    eval_examples: int = field(default=16, metadata={"help": "evenly spread over what is held out; 0: all"})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "of a translation; by default 16 and twice the longest source of its batch"}
+    source_language: str = field(default="English", metadata={"help": "name of the source language in prompts"})
+    target_language: str = field(default="Spanish", metadata={"help": "name of the target language in prompts"})
+    reverse: bool = field(
+        default=False, metadata={"help": "translate from the target language into the source language"}
     )
-    lora_rank: int = field(default=16, metadata={"help": "of the adapter; its alpha is twice that"})
+    verses_per_example: int = field(default=4, metadata={"help": "consecutive pairs in an example, one line each"})
+    eval_examples: int = field(
+        default=16,
+        metadata={"help": "number of examples to evaluate on, evenly spread over the held-out passages; 0: all"},
+    )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "most tokens of a translation; by default 16 + twice the longest source of its batch"},
+    )
+    lora_rank: int = field(default=16, metadata={"help": "rank of the adapter; its alpha is twice the rank"})
     save: Literal["merged", "adapter"] = field(
         default="merged",
-        metadata={"help": "the whole model, or the adapter alone, to be loaded onto the same converted model"},
+        metadata={"help": "what to save: the whole model, or only the adapter, which needs the same converted model"},
     )
-    samples: int = field(default=3, metadata={"help": "translations to print"})
+    samples: int = field(default=3, metadata={"help": "number of translations to print"})
 
 
 @dataclass
 class Task:
-    """A tokenizer, and how it formats examples."""
+    """The translation task: formats pairs of texts as prompts and training examples of a tokenizer.
+
+    Args:
+        tokenizer: the model's tokenizer, which pads on the left.
+        target_language: name of the target language in prompts.
+    """
 
     tokenizer: Tokenizer
     target_language: str
 
     def prompt(self, source: str) -> list[int]:
-        """Return the ids of all that comes before a translation."""
+        """Return the token ids of the prompt that asks for the translation of a text."""
         request = f"Translate into {self.target_language}:\n\n{source}"
         if self.tokenizer.chat_template is None:
             return self.tokenizer(f"{request}\n\n{self.target_language}:\n").input_ids
         chat = [{"role": "user", "content": request}]
-        # Qwen3's template would leave it to the model whether to think first; other templates do not know the name
+        # Qwen3's template reads `enable_thinking`, and would let the model think first; other templates ignore it
         options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
         return self.tokenizer.apply_chat_template(chat, **options)
 
     def example(self, pair: Pair) -> dict[str, list[int]]:
-        """Return `input_ids` and `labels`, in which only the translation and the end of text count."""
+        """Return `input_ids` and `labels` of a pair; only the translation and the end of text have labels."""
         prompt = self.prompt(pair[0])
         answer = [*self.tokenizer(pair[1], add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
     def examples(self, pairs: list[Pair], longest: int) -> datasets.Dataset:
-        """Tokenize pairs, which must not exceed the `longest` sequence, in tokens, that the model can read."""
+        """Tokenize pairs to a data set of examples of at most `longest` tokens.
+
+        Raises:
+            ValueError: an example is longer.
+        """
         rows = [self.example(pair) for pair in tqdm(pairs, desc="tokenizing", unit="example")]
         length = max(len(row["input_ids"]) for row in rows)
         if length > longest:
@@ -158,11 +185,11 @@ class Task:
 
 
 def load_model(name: str, script: ScriptArguments, dtype: torch.dtype) -> Model:
-    """Return a WhisperLM; a dense model is converted."""
+    """Load a WhisperLM, or load a dense model and convert it to a WhisperLM."""
     try:
         given = json.loads(script.sparse_attention or SPARSE)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--sparse_attention must be JSON like {SPARSE}, got {script.sparse_attention}") from error
+        raise ValueError(f"--sparse_attention must be JSON like {SPARSE}, got {script.sparse_attention!r}") from error
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "whisper_lm":
         return from_dense(name, sparse_attention=given, dtype=dtype)
@@ -172,22 +199,30 @@ def load_model(name: str, script: ScriptArguments, dtype: torch.dtype) -> Model:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return a tokenizer that pads on the left, so that prompts of a batch end together."""
+    """Load a tokenizer that pads on the left, so that the prompts of a batch end at the same column."""
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer must have an end-of-text token to end translations with, got none in {name}")
+        raise ValueError(f"the tokenizer must have an end-of-text token, got none in {name}; choose another model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def translate(model: Model, task: Task, sources: list[str], args: TrainingArguments, limit: int | None) -> list[str]:
-    """Translate greedily, in batches of similar length that the processes share.
+    """Translate texts by greedy decoding, in batches of similar length that are divided among the processes.
 
     Args:
-        limit (`int`, *optional*): tokens of a translation; by default 16 and twice the longest source of its batch.
+        model: the model, possibly with an adapter.
+        task: how to prompt it.
+        sources: the texts to translate.
+        args: the batch size, the device and the processes.
+        limit: most tokens of a translation; by default 16 + twice the longest source of its batch.
+
+    Returns:
+        the translations, in the order of `sources`.
     """
-    tokenizer, size = task.tokenizer, args.per_device_eval_batch_size
+    tokenizer = task.tokenizer
+    size = args.per_device_eval_batch_size
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     found: list[tuple[int, str]] = []
@@ -195,7 +230,9 @@ def translate(model: Model, task: Task, sources: list[str], args: TrainingArgume
         padded = tokenizer.pad({"input_ids": [task.prompt(sources[i]) for i in batch]}, return_tensors="pt")
         padded = padded.to(args.device)
         longest = max(len(tokenizer(sources[i]).input_ids) for i in batch)
-        ids, mask, room = padded["input_ids"], padded["attention_mask"], limit or 16 + 2 * longest
+        room = limit or 16 + 2 * longest
+        ids = padded["input_ids"]
+        mask = padded["attention_mask"]
         written = continue_prompts(model, ids, mask, room, pad_token_id=tokenizer.pad_token_id)["labels"]
         texts = tokenizer.batch_decode([row[row != IGNORED] for row in written], skip_special_tokens=True)
         found += zip(batch, map(str.strip, texts), strict=True)
@@ -205,7 +242,7 @@ def translate(model: Model, task: Task, sources: list[str], args: TrainingArgume
 
 @torch.no_grad()
 def reference_loss(model: Model, rows: datasets.Dataset, args: TrainingArguments) -> float:
-    """Return the loss on people's translations in nats per token; each token counts alike, however many processes."""
+    """Return the mean loss on the human translations, in nats per token, over all processes."""
     model.eval()
     found: list[tuple[float, int]] = []
     for row in progress(list(rows), "reading", args):
@@ -217,12 +254,12 @@ def reference_loss(model: Model, rows: datasets.Dataset, args: TrainingArguments
 
 
 def progress(items: list, what: str, args: TrainingArguments) -> tqdm:
-    """Return this process's share of the items, behind a progress bar."""
+    """Return the items that this process has to handle, wrapped in a progress bar."""
     return tqdm(items[args.process_index :: args.world_size], desc=what, disable=args.process_index > 0)
 
 
 def score(hypotheses: list[str], references: list[str]) -> dict[str, float]:
-    """Return corpus BLEU and chrF by sacrebleu with its default settings, from 0 to 100; a passage is a segment."""
+    """Return corpus BLEU and chrF, from 0 to 100, by sacrebleu with its default settings; each passage is a segment."""
     return {
         "bleu": BLEU().corpus_score(hypotheses, [references]).score,
         "chrf": CHRF().corpus_score(hypotheses, [references]).score,
@@ -230,7 +267,7 @@ def score(hypotheses: list[str], references: list[str]) -> dict[str, float]:
 
 
 def prepare(script: ScriptArguments, args: TrainingArguments) -> tuple[Trainer, Task, list[Pair]]:
-    """Read text and model; return a Trainer with an adapter on the model, the task, and the pairs to evaluate on."""
+    """Load text and model; return a Trainer whose model has a new adapter, the task, and the pairs to evaluate on."""
     languages = (script.target_language, script.source_language)
     with args.main_process_first(desc="fetching model and text"):
         pairs = read_pairs(script.pairs, script.config, script.split, script.columns)
@@ -242,7 +279,7 @@ def prepare(script: ScriptArguments, args: TrainingArguments) -> tuple[Trainer, 
         model = load_model(name, script, torch.bfloat16 if args.bf16 else torch.float32)
     if task.tokenizer.eos_token_id not in end_tokens(model):
         model.generation_config.eos_token_id = [task.tokenizer.eos_token_id, *end_tokens(model)]
-    set_seed(args.seed)  # of the adapter
+    set_seed(args.seed)  # the seed of the adapter's initial weights
     adapter = LoraConfig(r=script.lora_rank, lora_alpha=2 * script.lora_rank, target_modules="all-linear")
     trainer = Trainer(
         model=get_peft_model(model, adapter),
@@ -250,7 +287,7 @@ def prepare(script: ScriptArguments, args: TrainingArguments) -> tuple[Trainer, 
         train_dataset=task.examples(train, model.config.max_position_embeddings),
         eval_dataset=task.examples(held_out, model.config.max_position_embeddings),
         processing_class=task.tokenizer,
-        data_collator=DataCollatorForSeq2Seq(task.tokenizer),  # pads labels, too
+        data_collator=DataCollatorForSeq2Seq(task.tokenizer),  # it pads the labels too
     )
     if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
         raise ValueError("each process must hold the whole model to translate, got a sharded one; launch without FSDP")
@@ -258,7 +295,7 @@ def prepare(script: ScriptArguments, args: TrainingArguments) -> tuple[Trainer, 
 
 
 def start(path: Path, script: ScriptArguments, held_out: list[Pair], resume: bool) -> dict[str, Any]:
-    """Return what is known: all of an interrupted run with the same arguments, or the scores of copying the source."""
+    """Return the results so far: of an interrupted run with the same arguments, or those of copying the source."""
     if resume and path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["script"] == asdict(script):
@@ -269,8 +306,18 @@ def start(path: Path, script: ScriptArguments, held_out: list[Pair], resume: boo
 
 
 def measure(moment: str, known: dict[str, Any], trainer: Trainer, task: Task, limit: int | None) -> None:
-    """Add the scores of the model's translations, its loss on people's, and the translations."""
-    model, args, rows = trainer.model, trainer.args, known["samples"]
+    """Measure the model before or after training, and add translations, scores and loss to the results so far.
+
+    Args:
+        moment: the name under which they are added, "before" or "after".
+        known: the results so far, which are changed in place.
+        trainer: the model, the arguments and the data.
+        task: how to prompt the model.
+        limit: most tokens of a translation, see [`translate`].
+    """
+    model = trainer.model
+    args = trainer.args
+    rows = known["samples"]
     hypotheses = translate(model, task, [row["source"] for row in rows], args, limit)
     scores = score(hypotheses, [row["reference"] for row in rows])
     known["scores"][moment] = {**scores, "loss": reference_loss(model, trainer.eval_dataset, args)}
@@ -279,14 +326,15 @@ def measure(moment: str, known: dict[str, Any], trainer: Trainer, task: Task, li
 
 
 def keep(known: dict[str, Any], path: Path) -> None:
-    """Write the translations."""
+    """Write the results so far, with the translations, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def describe(script: ScriptArguments, trainer: Trainer) -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    args, sparse = trainer.args, trainer.model.config.sparse_attention
+    """Return the settings on which the scores depend, by name."""
+    args = trainer.args
+    sparse = trainer.model.config.sparse_attention
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     held_out = script.held_out or ([LAST] if script.pairs else BOOKS)
     return {
@@ -308,12 +356,12 @@ def describe(script: ScriptArguments, trainer: Trainer) -> dict[str, Any]:
 
 
 def short(name: str | Path) -> str:
-    """Return a Hub id as it is, and the last part of a path."""
+    """Return the last part of a path that exists, and any other name (a Hub id) unchanged."""
     return Path(name).name if Path(name).exists() else str(name)
 
 
 def save_numbers(known: dict[str, Any], script: ScriptArguments, trainer: Trainer) -> None:
-    """Write the scores as a results file, which a model card can be made from."""
+    """Write the scores as a results file, from which a model card can be made."""
     base = short(script.model or NAME)
     models = {"copy": "the source copied", "before": f"{base}, sparse", "after": f"{base}, sparse, fine-tuned"}
     languages = (script.source_language, script.target_language)
@@ -334,7 +382,7 @@ def save_numbers(known: dict[str, Any], script: ScriptArguments, trainer: Traine
 
 
 def save(trainer: Trainer, kind: str) -> None:
-    """Save the model with the adapter merged into it, or the adapter alone, and the tokenizer."""
+    """Save the tokenizer, and the model with the merged adapter or (`kind="adapter"`) only the adapter."""
     if kind == "adapter":
         trainer.save_model()
     elif trainer.args.should_save:
@@ -343,7 +391,7 @@ def save(trainer: Trainer, kind: str) -> None:
 
 
 def report(known: dict[str, Any], count: int) -> None:
-    """Print what came out, and some translations."""
+    """Print some translations, and the scores before and after training."""
     for sample in spread(known["samples"], count) if count else []:
         print("\n" + tabulate(sample.items(), tablefmt="grid", maxcolwidths=[None, 100]))
     rows = [[name, *scores.values()] for name, scores in known["scores"].items()]
@@ -352,15 +400,15 @@ def report(known: dict[str, Any], count: int) -> None:
 
 
 def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
-    """Read the command line."""
+    """Parse the command line."""
     parser = HfArgumentParser((ScriptArguments, TrainingArguments), description=(__doc__ or "").split("\n")[0])
     parser.set_defaults(**DEFAULTS)
     return parser.parse_args_into_dataclasses()
 
 
 def main() -> None:
-    """Load, translate, train, translate again and save."""
-    # peft still asks for a property that transformers has renamed, and need not say that saving finds merged weights
+    """Load, translate and score, train, translate and score again, and save."""
+    # peft reads a property that transformers has renamed, and warns that it saves merged weights, which is intended
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)
     script, args = parse_arguments()
@@ -368,14 +416,15 @@ def main() -> None:
         trainer, task, held_out = prepare(script, args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"translate.py: {' '.join(str(error).split())}") from error
-    path, limit = Path(args.output_dir, TRANSLATIONS), script.max_new_tokens
+    path = Path(args.output_dir, TRANSLATIONS)
+    limit = script.max_new_tokens
     known = start(path, script, held_out, bool(args.resume_from_checkpoint))
     is_main = trainer.is_world_process_zero()
     if is_main:
         print("{examples to train on} examples of {tokens each} tokens".format(**describe(script, trainer)), end=", ")
         print("{longer than the budget} of them longer than the budget".format(**describe(script, trainer)))
     if "before" not in known["scores"]:
-        with trainer.model.disable_adapter():  # which changes nothing yet, but takes time
+        with trainer.model.disable_adapter():  # a new adapter changes no output, but takes time
             measure("before", known, trainer, task, limit)
         if is_main:
             keep(known, path)

@@ -1,6 +1,6 @@
-"""The Whisper language model (a decoder-only text model, not the speech model) as a plugin for transformers.
+"""A plugin for transformers with the Whisper language model, a decoder-only text model (not the speech model).
 
-Importing this package registers the model with transformers' Auto classes and the `masked_sparse` attention with its
+Importing this package registers the model in transformers' Auto classes, and the `masked_sparse` attention in its
 attention interfaces.
 """
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# what is imported when it is used: light for those who only run a model
+# public names -> files that are imported only when the name is used, so that running a model imports little
 _LAZY = {
     "convert_checkpoint": "conversion",
     "from_dense": "conversion",
@@ -64,13 +64,14 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (called for names that the module does not have)."""
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _register() -> None:
-    """Make the classes known to the Auto classes, and mark them to be saved with their code."""
+    """Register the classes in transformers' Auto classes, and mark them to be saved with their code."""
     AutoConfig.register(WhisperLMConfig.model_type, WhisperLMConfig, exist_ok=True)
     WhisperLMConfig.register_for_auto_class()
     for auto_class, model_class in (
@@ -81,7 +82,7 @@ def _register() -> None:
     ):
         auto_class.register(WhisperLMConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
-    # the Trainer's label smoother shifts labels only for the class names in this table
+    # the Trainer's label smoother shifts labels only for models whose class name is in this table
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[WhisperLMConfig.model_type] = WhisperLMForCausalLM.__name__
 
 

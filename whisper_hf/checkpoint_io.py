@@ -1,4 +1,4 @@
-"""Checkpoint folders that are written whole or not at all, and read as far as they are whole."""
+"""Write checkpoint folders completely or not at all, and load checkpoints with checks of their files."""
 
 import errno
 import os
@@ -25,15 +25,18 @@ from .model.checksums import CHECKSUMS, write_checksums
 
 logger = logging.get_logger(__name__)
 
-UNTRUSTED = {"trust_remote_code": False}  # what a caller may change; left out, transformers asks on the terminal
+UNTRUSTED = {"trust_remote_code": False}  # a default: without it, transformers would ask on the terminal
 
 
 @contextmanager
 def clear_write_errors(folder: str | os.PathLike) -> Iterator[None]:
-    """Say what has happened where a file cannot be written: safetensors and `torch.save` have words of their own.
+    """Replace the obscure errors of safetensors and `torch.save` on a full disk by an `OSError` that explains them.
+
+    Args:
+        folder: the folder that is being written.
 
     Raises:
-        OSError: in place of theirs, with the room that is left.
+        OSError: a file could not be written; the message says how much space is free.
     """
     try:
         yield
@@ -48,25 +51,33 @@ def clear_write_errors(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _is_write_error(error: Exception) -> bool:
+    """Return whether an error of Python, safetensors or torch means that a file could not be written."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     if isinstance(error, SafetensorError):
         return "I/O error" in str(error)
-    return "inline_container" in str(error) and "Reader" not in str(error)  # torch's writer of archives
+    return "inline_container" in str(error) and "Reader" not in str(
+        error
+    )  # torch's archive writer raises a RuntimeError that names this file
 
 
 @contextmanager
 def new_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """Give a folder beside the target that becomes the target at the end, or vanishes if there was an error.
+    """Provide a temporary folder that becomes the target at the end of the `with` block.
 
-    The weights in it get checksums, if they have none yet.
+    It lies beside the target, and is deleted if there was an error. The weights in it get checksums, if there are none
+    yet.
+
+    Args:
+        target: the folder to write; it must not exist, or be empty.
 
     Raises:
-        ValueError: a target that holds something; nothing has been made yet.
+        ValueError: the target is a file or a folder that is not empty; nothing has been written then.
+        OSError: the disk is full (see [`clear_write_errors`]).
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"the target {str(target)!r} exists and is not an empty folder; name another one")
+        raise ValueError(f"the target {str(target)!r} exists and is not an empty folder; name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         folder = Path(scratch, "checkpoint")
@@ -84,24 +95,26 @@ def load_config(source: Any, **hub_kwargs: Any) -> PreTrainedConfig:
     """Load the config of a folder or Hub id.
 
     Raises:
-        ValueError: fields of wrong types, or JSON nested beyond reason.
-        OSError: no such checkpoint.
+        ValueError: fields of wrong types, or JSON that is nested too deeply.
+        OSError: the checkpoint does not exist.
     """
     try:
         return AutoConfig.from_pretrained(source, **{**UNTRUSTED, **hub_kwargs})
     except (StrictDataclassError, RecursionError) as error:
-        raise ValueError(f"the config of {source} must have fields of the right types, got: {error}") from error
+        raise ValueError(
+            f"the config of {source} must have fields of the right types, got: {error}; fix its config.json"
+        ) from error
 
 
 def has_checksums(source: Any, **options: Any) -> bool:
-    """Tell whether the weights of a folder or Hub id can be verified: safetensors with a `SHA256SUMS` beside them.
+    """Return whether a checkpoint's weights can be verified: safetensors with a file `SHA256SUMS` beside them.
 
     Args:
         source: folder or Hub id.
-        options: of `from_pretrained`, which say where to look and what to read.
+        options: options of `from_pretrained`, which say where to look and which files to read.
 
     Raises:
-        OSError: no such checkpoint.
+        OSError: the checkpoint does not exist.
     """
     if options.get("use_safetensors") is False or options.get("gguf_file") is not None:
         return False
@@ -109,15 +122,18 @@ def has_checksums(source: Any, **options: Any) -> bool:
 
 
 def load_causal_lm(source: Any, **options: Any) -> Any:
-    """Load a causal language model of any family, with the checks that a WhisperLM makes by itself.
+    """Load a causal language model of any family, with the checks of weights that a WhisperLM always makes.
 
     Args:
         source: folder or Hub id.
-        options: of `from_pretrained`, and `shapes`, `finite` and `verify_checksums` of [`load_intact`].
+        options: options of `from_pretrained`, and `shapes`, `finite` and `verify_checksums` of [`load_intact`].
+
+    Returns:
+        the model, in evaluation mode.
 
     Raises:
         ValueError: weights that are damaged, missing or of another shape.
-        OSError: no such checkpoint.
+        OSError: the checkpoint does not exist.
     """
     return load_intact(AutoModelForCausalLM.from_pretrained, source, **{**UNTRUSTED, **options})
 
@@ -125,23 +141,34 @@ def load_causal_lm(source: Any, **options: Any) -> Any:
 def save_tokenizer(
     source: Any, folder: Path, vocabulary: int, hub_kwargs: dict[str, Any] | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """Save the tokenizer of a source in a folder, and return it; or say that there is none.
+    """Copy the tokenizer of a source into a folder.
+
+    Args:
+        source: folder or Hub id.
+        folder: where to save the tokenizer.
+        vocabulary: number of tokens in the model's vocabulary.
+        hub_kwargs: options for loading, such as `revision`.
+
+    Returns:
+        the tokenizer; or `None`, with a warning in the log, if the source has none.
 
     Raises:
         ValueError: a tokenizer with ids beyond the model's vocabulary.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{**UNTRUSTED, **(hub_kwargs or {})})
-        if len(tokenizer) == len(tokenizer.all_special_ids):  # what some families get where there is no file
+        if len(tokenizer) == len(
+            tokenizer.all_special_ids
+        ):  # some families make one without vocabulary where there is no file
             raise ValueError("it has no vocabulary")
     except (OSError, ValueError) as error:
-        logger.warning(f"{source} has no tokenizer that could be carried along: {error}")
+        logger.warning(f"{source} has no tokenizer that could be copied: {error}")
         return None
     token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if index >= vocabulary:
         raise ValueError(
             f"the tokenizer of {source} must have ids below the model's vocab_size, {vocabulary}, got {token!r} with "
-            f"id {index}; call model.resize_token_embeddings({index + 1}) and save the model, or take the tokenizer "
+            f"id {index}; call model.resize_token_embeddings({index + 1}) and save the model, or use the tokenizer "
             "that belongs to it"
         )
     tokenizer.save_pretrained(folder)

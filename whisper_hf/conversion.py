@@ -1,9 +1,9 @@
-"""Dense checkpoints to WhisperLM and back, without changing a bit of the weights.
+"""Convert dense checkpoints to WhisperLM and back, without changing a bit of the weights.
 
     whisper-hf convert SOURCE TARGET [--to-dense]
 
-The four families name their weights alike, and so does WhisperLM; they differ in where they have biases and norms. That
-is the whole table. RoPE, sizes and token ids carry over by name.
+The four dense families and WhisperLM have the same names of weights. The families differ only in where they have biases
+and norms, which the table `FAMILIES` states. RoPE parameters, sizes and token ids are copied by name.
 """
 
 import copy
@@ -15,16 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from .checkpoint_io import has_checksums, load_causal_lm, load_config, new_folder, save_tokenizer
 from .model.checkpoint_integrity import weight_shapes
 from .model.configuration_whisper_lm import SparseAttentionConfig, WhisperLMConfig
 from .model.modeling_whisper_lm import WhisperLMForCausalLM
 
-logger = logging.get_logger(__name__)
-
-# WhisperLM's switch -> the family's config field that sets it, or the value that the family always has
+# WhisperLM's config field -> the family's config field with this meaning, or the value that holds for all its models
 FAMILIES: dict[str, dict[str, str | bool]] = {
     "llama": {
         "attention_bias": "attention_bias",
@@ -42,7 +39,7 @@ FAMILIES: dict[str, dict[str, str | bool]] = {
     },
 }
 
-# fields with one name and one meaning everywhere
+# config fields with the same name and meaning in all families and in WhisperLM
 SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -74,23 +71,23 @@ def from_dense(
     """Turn a dense causal language model into a WhisperLM with the same weights, bit for bit.
 
     Args:
-        source: a model of a family in `FAMILIES` (its weights are copied), or a folder or Hub id of one.
+        source: a model of a family in `FAMILIES`, whose weights are copied; or the folder or Hub id of a checkpoint.
         sparse_attention: block size and budget of every layer; the defaults of [`SparseAttentionConfig`] if left out.
-        from_pretrained_kwargs: for a folder or Hub id, such as `revision`, `dtype` (the checkpoint's own by default) or
-            `verify_checksums`.
+        from_pretrained_kwargs: options for loading from a folder or the Hub, such as `revision`, `dtype` (by default
+            the dtype of the checkpoint) or `verify_checksums`.
 
     Returns:
-        The model, on the device, in the dtype and in the mode (training or evaluation) of the source, with its
-        generation config. Where the sparse budget covers a sequence its logits are those of the source.
+        The model, with the device, the dtype, the mode (training or evaluation) and the generation config of the
+        source. For sequences within the sparse budget, its logits equal the logits of the source.
 
     Raises:
-        ValueError: another architecture, an option that WhisperLM cannot represent, quantized weights, options for
-            loading a model that is loaded already, or a folder whose weights are damaged, missing or not finite.
+        ValueError: an unsupported architecture, an option that WhisperLM cannot represent, quantized weights, options
+            for loading with a model that is loaded already, or weights that are damaged, missing or not finite.
     """
     if isinstance(source, PreTrainedModel):
         if from_pretrained_kwargs:
             raise ValueError(
-                f"a model that is loaded already takes no {sorted(from_pretrained_kwargs)}; leave them out"
+                f"a model that is loaded already takes no {sorted(from_pretrained_kwargs)}; leave these options out"
             )
         config = sparse_config(source.config, sparse_attention)
         weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
@@ -100,7 +97,7 @@ def from_dense(
         config = sparse_config(load_config(source, **hub_kwargs), sparse_attention)
         source = load_causal_lm(
             source,
-            shapes=lambda: weight_shapes(WhisperLMForCausalLM, config),  # the families have the same ones
+            shapes=lambda: weight_shapes(WhisperLMForCausalLM, config),  # names and shapes are the same
             finite=True,
             **{"dtype": "auto", **from_pretrained_kwargs},
         )
@@ -112,18 +109,18 @@ def from_dense(
 def to_dense(model: WhisperLMForCausalLM, family: str | None = None) -> PreTrainedModel:
     """Turn a WhisperLM back into a model of a dense family with the same weights, bit for bit.
 
-    The result attends densely. It is for software that knows the dense families only: vLLM runs it natively.
+    The result attends densely. It is for software that supports only the dense families, such as vLLM.
 
     Args:
         model: the model; its weights are copied.
-        family: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`; by default the family it was converted from, else the
-            first that can represent it.
+        family: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`; by default the family from which the model was
+            converted, or else the first family that can represent it.
 
     Returns:
-        An instance of the family's causal language model class, with the generation config.
+        An instance of the family's causal language model class, with the generation config of the model.
 
     Raises:
-        ValueError: not a WhisperLM, an unknown family, or one that cannot represent the model.
+        ValueError: a model that is not a WhisperLM, an unknown family, or a family that cannot represent the model.
     """
     if getattr(model.config, "model_type", None) != WhisperLMConfig.model_type or not isinstance(
         model, PreTrainedModel
@@ -135,10 +132,10 @@ def to_dense(model: WhisperLMForCausalLM, family: str | None = None) -> PreTrain
 
 
 def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConfig | dict | None) -> WhisperLMConfig:
-    """Translate the config of a dense family.
+    """Translate the config of a dense model to a WhisperLM config.
 
     Raises:
-        ValueError: another architecture, or an option that WhisperLM cannot represent.
+        ValueError: an unsupported architecture, or an option that WhisperLM cannot represent.
     """
     family = FAMILIES.get(dense.model_type)
     if family is None:
@@ -149,12 +146,13 @@ def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConf
     _refuse_unsupported(dense)
     switches = {ours: getattr(dense, theirs) if isinstance(theirs, str) else theirs for ours, theirs in family.items()}
     shared = {name: copy.deepcopy(getattr(dense, name, None)) for name in SHARED_FIELDS}
-    if shared["pad_token_id"] == -1:  # what early Llamas say where they have none
+    if shared["pad_token_id"] == -1:  # early Llama configs mean "no padding token" by -1
         shared["pad_token_id"] = None
     return WhisperLMConfig(**shared, **switches, sparse_attention=sparse_attention, converted_from=dense.model_type)
 
 
 def _refuse_unsupported(dense: PreTrainedConfig) -> None:
+    """Raise a `ValueError` for a dense config with an option that WhisperLM cannot represent."""
     if getattr(dense, "quantization_config", None) is not None:
         raise ValueError(
             "cannot convert quantized weights without loss, got a quantization_config; convert the full-precision "
@@ -162,26 +160,28 @@ def _refuse_unsupported(dense: PreTrainedConfig) -> None:
         )
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.model_type]
     if dense.architectures and dense.architectures != [architecture]:
-        raise ValueError(f"cannot convert {dense.architectures}; supported for {dense.model_type!r} is {architecture}")
+        raise ValueError(
+            f"cannot convert architectures={dense.architectures}; supported for {dense.model_type!r} is {architecture}"
+        )
     window = getattr(dense, "sliding_window", None)
     slides = "sliding_attention" in (getattr(dense, "layer_types", None) or ["sliding_attention"])
     if window is not None and slides and window < dense.max_position_embeddings:
         raise ValueError(
-            f"cannot convert sliding_window={window} (of {dense.max_position_embeddings} positions); supported is no "
-            "window: set config.sliding_window = None if the model may see further, or run it unconverted with "
-            'attn_implementation="masked_sparse", which honours the window'
+            f"cannot convert sliding_window={window} (of {dense.max_position_embeddings} positions); supported are "
+            "models without a window: set config.sliding_window = None if the model may attend further, or run it "
+            'unconverted with attn_implementation="masked_sparse", which honours the window'
         )
 
 
 def dense_config(config: WhisperLMConfig, family: str | None = None) -> PreTrainedConfig:
-    """Translate a WhisperLM config to that of a dense family.
+    """Translate a WhisperLM config to the config of a dense family.
 
     Raises:
-        ValueError: an unknown family, or one that cannot represent the config.
+        ValueError: an unknown family, or a family that cannot represent the config.
     """
     family = family or config.converted_from
     if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; supported are {list(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}; supported are {list(FAMILIES)}; name one of these")
     conflicts = {}
     for name in [family] if family else FAMILIES:
         fields, conflicts[name] = _dense_fields(config, name)
@@ -190,11 +190,17 @@ def dense_config(config: WhisperLMConfig, family: str | None = None) -> PreTrain
             dense = CONFIG_MAPPING[name](**shared, **fields, sliding_window=None)
             dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]]
             return dense
-    raise ValueError(f"no dense family can represent this model; the fields in the way: {conflicts}")
+    raise ValueError(
+        f"no dense family can represent this model, got fields in conflict with each family: {conflicts}; change these "
+        "fields, or keep the WhisperLM"
+    )
 
 
 def _dense_fields(config: WhisperLMConfig, family: str) -> tuple[dict[str, bool], list[str]]:
-    """Return the family's own fields, and what it cannot represent as `field=value` strings."""
+    """Return the config fields of a dense family, and the WhisperLM fields that it cannot represent.
+
+    The latter are strings of the form `field=value`.
+    """
     fields: dict[str, bool] = {}
     conflicts = []
     for ours, theirs in FAMILIES[family].items():
@@ -208,10 +214,22 @@ def _dense_fields(config: WhisperLMConfig, family: str) -> tuple[dict[str, bool]
 def rebuild(
     source: PreTrainedModel, model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Any]
 ) -> Any:
-    """Make a model of another class around the same weights."""
+    """Make a model of another class with the given weights.
+
+    Args:
+        source: the model whose device, mode and generation config the new model gets.
+        model_class: class of the new model.
+        config: config of the new model.
+        weights: tensors of the new model by name; they are not copied.
+
+    Raises:
+        ValueError: the source is on several devices, or on the meta device.
+    """
     devices = {parameter.device for parameter in source.parameters()}
     if len(devices) != 1 or torch.device("meta") in devices:
-        raise ValueError(f"the model to convert must lie on one device, got {sorted(map(str, devices))}; load it so")
+        raise ValueError(
+            f"the model to convert must be on one device, got {sorted(map(str, devices))}; load it on 'cpu'"
+        )
     with no_init_weights():
         model = model_class(config)
     model.load_state_dict(weights, assign=True)
@@ -228,20 +246,21 @@ def convert_checkpoint(
     dense: bool = False,
     max_shard_size: str | int = "50GB",
 ) -> None:
-    """Convert a folder or Hub id to a folder, with tokenizer and generation config; all of it or nothing.
+    """Convert a checkpoint, and write it to a folder with its tokenizer and its generation config.
 
-    The weights of the source are verified against its `SHA256SUMS`, if it has this file.
+    The weights of the source are verified against its `SHA256SUMS`, if it has this file. The target folder is written
+    completely, or not at all.
 
     Args:
-        source: the checkpoint to read.
+        source: folder or Hub id of the checkpoint to convert.
         target: the folder to write; it must not exist, or be empty.
         sparse_attention: as in [`from_dense`].
-        dense: the other way, from a WhisperLM checkpoint to the dense family.
-        max_shard_size: largest file of weights.
+        dense: convert a WhisperLM checkpoint to its dense family, instead of the other way.
+        max_shard_size: largest size of one file of weights.
 
     Raises:
-        ValueError: as in [`from_dense`] and [`to_dense`], weights that have changed since they were saved, a
-            target that holds something, or a tokenizer with ids beyond the vocabulary.
+        ValueError: the errors of [`from_dense`] and [`to_dense`], weights that have changed since they were saved, a
+            target folder that is not empty, or a tokenizer with ids beyond the vocabulary.
     """
     with new_folder(target) as folder:
         verify = has_checksums(source)

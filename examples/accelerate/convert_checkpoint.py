@@ -1,12 +1,12 @@
-"""Convert a Trainer's checkpoint, so that training goes on in another layout: one process and DDP, or FSDP 2.
+"""Convert a Trainer's checkpoint from the layout of one process or DDP to the layout of FSDP 2, or back.
 
     python examples/accelerate/convert_checkpoint.py runs/distill/checkpoint-20 runs/plain/checkpoint-20
     python examples/distill.py --output_dir runs/plain --resume_from_checkpoint last
 
-What FSDP 2 saved becomes what one process or DDP saves, and the other way round; weights, the optimizer's state and the
-step stay as they are. The number of processes needs no conversion in either layout. FSDP 2 must save with
-`fsdp_state_dict_type: FULL_STATE_DICT`, as in `fsdp2.yaml`. Checkpoints of DeepSpeed have a tool of its own,
-`ds_to_universal.py`.
+A checkpoint of FSDP 2 becomes a checkpoint as one process or DDP saves it, and the reverse. The weights, the state of
+the optimizer and the step do not change. Another number of processes needs no conversion in either layout. FSDP 2 must
+save with `fsdp_state_dict_type: FULL_STATE_DICT`, as in `fsdp2.yaml`. For checkpoints of DeepSpeed, its own tool
+`ds_to_universal.py` does this. The conversion needs memory for the weights and the state of the optimizer.
 """
 
 import argparse
@@ -24,20 +24,20 @@ FSDP = {"pytorch_model_fsdp.bin", "optimizer.bin"}
 
 
 def renamed(state: dict, names: dict) -> dict:
-    """Return an optimizer's state with other names, or numbers, for the parameters."""
+    """Return the state of an optimizer with its parameters renamed, to names or numbers."""
     groups = [{**group, "params": [names[of] for of in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[of]: values for of, values in state["state"].items()}, "param_groups": groups}
 
 
 def to_plain(source: Path) -> dict[str, dict]:
-    """Return the optimizer's state with parameters by number; weights lie beside it as they are."""
+    """Return the files of the plain layout: the optimizer's state, with its parameters by number."""
     state = torch.load(source / "optimizer.bin", weights_only=True)
     names = [name for group in state["param_groups"] for name in group["params"]]
     return {"optimizer.pt": renamed(state, {name: number for number, name in enumerate(names)})}
 
 
 def to_fsdp(source: Path) -> dict[str, dict]:
-    """Return weights, and the optimizer's state with parameters by name, in the order of the Trainer."""
+    """Return the files of the FSDP layout: the weights, and the optimizer's state with its parameters by name."""
     state = torch.load(source / "optimizer.pt", weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     trainer = Trainer(model, TrainingArguments(str(source), report_to="none", use_cpu=True))
@@ -49,7 +49,7 @@ def to_fsdp(source: Path) -> dict[str, dict]:
     if trained != set(expected) or any(found - {expected[number]} for number, found in shapes.items()):
         raise ValueError(
             f"expected the optimizer's state of all {len(expected)} parameters of a {type(model).__name__}, got "
-            f"{len(trained)}, or other shapes; where a part of a model is trained, the layout must stay"
+            f"{len(trained)}, or other shapes; a run that trains a part of a model must keep its layout"
         )
     return {
         "pytorch_model_fsdp.bin": model.state_dict(),
@@ -58,15 +58,16 @@ def to_fsdp(source: Path) -> dict[str, dict]:
 
 
 def shapes_of(values: dict) -> Iterator[torch.Size]:
-    """Return the shapes of what an optimizer keeps for a parameter, scalars apart."""
+    """Return the shapes of the tensors that an optimizer keeps for a parameter, without scalars."""
     return (value.shape for value in values.values() if torch.is_tensor(value) and value.ndim)
 
 
 def convert(source: Path, target: Path) -> None:
-    """Write the checkpoint in the other layout, all of it or nothing.
+    """Write the checkpoint in the other layout, completely or not at all.
 
     Raises:
-        ValueError: no such checkpoint, one that trains a part of a model, or a target that exists.
+        ValueError: a source that is not a checkpoint of a Trainer, or one that trains a part of a model; or a target
+            that exists.
     """
     found = {path.name for path in source.iterdir()} if source.is_dir() else set()
     if not found >= {"model.safetensors", "trainer_state.json"} or not (found >= PLAIN or found >= FSDP):
@@ -82,7 +83,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="checkpoint of a Trainer, such as runs/distill/checkpoint-20")
     parser.add_argument("target", type=Path, help="new folder, such as runs/plain/checkpoint-20")

@@ -1,10 +1,10 @@
-"""Run a script on CPU processes as accelerate runs it on GPUs, to try a config where there are none.
+"""Run a script on CPU processes in the way in which accelerate runs it on GPUs, to try a config without GPUs.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 --mixed_precision no \\
         examples/accelerate/on_cpu.py examples/distill.py --max_steps 2
 
-accelerate (1.15) shards on accelerators only: with `use_cpu` it replicates instead, and says nothing. Here it takes the
-CPU for one of them, so that FSDP 2 is what runs.
+accelerate (1.15) shards models on accelerators only: with `use_cpu` it replicates them, without a message. This script
+makes accelerate treat the CPU as an accelerator, so that FSDP 2 does shard.
 """
 
 import os
@@ -15,7 +15,7 @@ from accelerate.state import DistributedType, PartialState
 
 
 def use_gloo() -> None:
-    """Let accelerate start as on GPUs, with CPU tensors and gloo."""
+    """Make accelerate start as on several GPUs, with tensors on the CPU and the gloo backend."""
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
 

@@ -1,1 +1,1 @@
-"""Scripts behind every published measurement."""
+"""The benchmark scripts, from which all published measurements come."""

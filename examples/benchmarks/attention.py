@@ -1,12 +1,13 @@
-"""Masked sparse attention against dense attention, side by side in one run on one thread.
+"""Measure masked sparse attention against dense attention, side by side on one CPU thread.
 
     python examples/benchmarks/attention.py                      # 1k to 32k tokens, about five minutes
-    python examples/benchmarks/attention.py --longest 131072     # to 128k: half an hour, nearly all of it dense
-    python examples/benchmarks/attention.py --compare            # also whole layers, and that of MiniMax-M3, to 4k
+    python examples/benchmarks/attention.py --longest 131072     # to 128k: half an hour, mostly for dense attention
+    python examples/benchmarks/attention.py --compare            # also whole layers, with MiniMax-M3's, to 4k tokens
     python examples/benchmarks/attention.py --device cuda        # another table, on a GPU: see attention_cuda.py
 
-Prints ratios of medians (dense over sparse: above 1, sparse is faster), and writes them with the times and a plot to
-`--output`. Shapes: 8 query heads, 2 key-value heads, head dimension 64, float32, blocks of 64.
+The script prints how many times faster sparse attention is (median dense time / median sparse time). It writes these
+ratios, the times and a plot to `--output`. Shapes: 8 query heads, 2 key-value heads, head dimension 64, float32, blocks
+of 64 tokens.
 """
 
 import argparse
@@ -40,55 +41,57 @@ LONGEST_MASK = 8192  # SDPA with an explicit mask needs memory for the mask, qua
 def inputs(length: int, kind: str = "random", batch: int = 1, queries: int | None = None) -> list[Tensor]:
     """Return query `[batch, HEADS, queries, HEAD_DIM]`, key and value `[batch, KV_HEADS, length, HEAD_DIM]`.
 
-    `correlated` keys drift slowly, as those of text do: neighbours are alike, and many queries choose the same blocks.
+    `correlated` keys drift slowly, like the keys of a text: neighbouring keys are similar, so many queries choose the
+    same blocks.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (batch, KV_HEADS, length, HEAD_DIM)
     query = torch.randn(batch, HEADS, queries or length, HEAD_DIM, generator=generator)
-    key, value = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    key = torch.randn(shape, generator=generator)
+    value = torch.randn(shape, generator=generator)
     if kind == "correlated":
-        drift = torch.randn(batch, KV_HEADS, -(-length // 256), HEAD_DIM, generator=generator)
+        drift = torch.randn(batch, KV_HEADS, math.ceil(length / 256), HEAD_DIM, generator=generator)
         key = key + 2 * drift.repeat_interleave(256, dim=2)[:, :, :length]
     return [query, key, value]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend densely and causally, by PyTorch's fused attention."""
+    """Compute dense causal attention, `[B, HEADS, T, HEAD_DIM]`, by PyTorch's fused attention."""
     key, value = (states.repeat_interleave(GROUPS, dim=1) for states in (key, value))
     return sdpa(query, key, value, is_causal=True)
 
 
 def masked(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend to what sparse attention would, by masking dense attention; the mask costs nothing here."""
+    """Compute sparse attention by dense attention with a given mask, whose computation is not timed."""
     key, value = (states.repeat_interleave(GROUPS, dim=1) for states in (key, value))
     return sdpa(query, key, value, attn_mask=mask)
 
 
 def sparse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend sparsely, selection included."""
+    """Compute sparse attention, including the selection of blocks, `[1, HEADS, T, HEAD_DIM]`."""
     return attention_blockwise(query, key, value, None, SCALING, PREFILL)
 
 
 def forward(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
-    """Return a run of the forward pass."""
+    """Return a function that runs the forward pass of an attention."""
     return torch.no_grad()(functools.partial(attend, *tensors))
 
 
 def forward_backward(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
-    """Return a run of the forward and backward pass."""
+    """Return a function that runs the forward and the backward pass of an attention."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     upstream = torch.ones_like(tensors[0])
     return lambda: torch.autograd.grad(attend(*leaves), leaves, upstream)
 
 
 def prepare_memory(name: str, length: int) -> Callable[[], object]:
-    """Return the run whose memory is measured."""
+    """Return the run whose peak memory is measured: a forward and backward pass on one thread."""
     torch.set_num_threads(1)
     return forward_backward({"dense": dense, "sparse": sparse}[name], inputs(length))
 
 
 def prefill_row(length: int, kind: str, passes: Callable, seconds: float) -> dict[str, float]:
-    """Time one length: seconds of each competitor."""
+    """Time the competitors on a whole sequence; return the median seconds of each, by name."""
     tensors = inputs(length, kind)
     runs = {"dense": passes(dense, tensors), "sparse": passes(sparse, tensors)}
     if length <= LONGEST_MASK and passes is forward and not PREFILL.covers(length):
@@ -98,7 +101,10 @@ def prefill_row(length: int, kind: str, passes: Callable, seconds: float) -> dic
 
 
 def decode_row(length: int, batch: int, seconds: float) -> dict[str, float]:
-    """Time one new token: dense attention over packed heads (the fastest there is) against sparse from cached means."""
+    """Time one new token; return the median seconds of dense and sparse attention.
+
+    Dense attention gets its heads packed, which is its fastest form, and sparse attention gets cached block means.
+    """
     query, key, value = inputs(length, batch=batch, queries=1)
     means = mean_blocks(key, None, DECODE.block_size)
     packed = query.view(batch, KV_HEADS, GROUPS, HEAD_DIM)
@@ -110,7 +116,12 @@ def decode_row(length: int, batch: int, seconds: float) -> dict[str, float]:
 
 
 def multiplication_bound(length: int, flops: float) -> float:
-    """Return the seconds that the multiplications of sparse attention alone take, forward."""
+    """Return a lower bound on the forward seconds of sparse attention, from its multiplications alone.
+
+    Args:
+        length: tokens of the sequence.
+        flops: multiplications and additions per second of the machine.
+    """
     blocks = torch.arange(length) // PREFILL.block_size + 1
     attended = blocks.clamp(max=PREFILL.budget_blocks).double().mul(PREFILL.block_size).sum() - length * 31.5
     scoring = KV_HEADS * length * (length / PREFILL.block_size) / 2
@@ -118,13 +129,13 @@ def multiplication_bound(length: int, flops: float) -> float:
 
 
 def peak_flops() -> float:
-    """Measure multiplications and additions per second of one thread on a product of this attention's size."""
+    """Measure the multiplications and additions per second of one thread, on a product of this attention's size."""
     left, right = torch.randn(2048, HEAD_DIM), torch.randn(HEAD_DIM, 256)
     return 2 * 2048 * HEAD_DIM * 256 / alternate({"product": lambda: left @ right}, 0.5, 200)["product"]
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """Run everything, printing a line each."""
+    """Time all passes at all lengths, and print a line for each."""
     lengths = [2**exponent for exponent in range(10, int(math.log2(options.longest)) + 1)]
     rows: list[dict] = []
     for length in lengths:
@@ -146,14 +157,14 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def compare(options: argparse.Namespace) -> list[dict]:
-    """Measure whole attention layers: dense, sparse as in MiniMax-M3, and ours."""
+    """Measure whole attention layers: a dense one, the sparse one of MiniMax-M3, and ours."""
     sizes = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
     sizes["hidden_size"] = HEADS * HEAD_DIM
     return measure_layers(sizes, PREFILL, options.longest, options.seconds, lambda what: (options.only or "") in what)
 
 
 def report(rows: list[dict]) -> str:
-    """Return the ratios as a table: a line for each measurement, a column for each length."""
+    """Return the ratios as a Markdown table, with a line for each measurement and a column for each length."""
     lengths = sorted({row["length"] for row in rows})
     found = {(row["what"], row["length"]): row for row in rows}
     kinds = list(dict.fromkeys(row["what"] for row in rows))
@@ -171,7 +182,7 @@ def report(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], flops: float, path: Path) -> None:
-    """Draw forward time against length, both logarithmic, with the bound set by the multiplications."""
+    """Plot the forward time against the length, both logarithmic, with the lower bound from the multiplications."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -190,15 +201,17 @@ def plot(rows: list[dict], flops: float, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print the tables, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--longest", type=int, help="longest sequence, in tokens (default: 32768; on a GPU 131072)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each comparison (default: %(default)s)")
     parser.add_argument(
-        "--only", help="measure only what contains this, such as 'decode', 'forward, random' or 'layer'"
+        "--only", help="measure only passes whose name contains this, such as 'decode', 'forward, random' or 'layer'"
     )
-    parser.add_argument("--compare", action="store_true", help="also whole layers, and that of MiniMax-M3, up to 4k")
+    parser.add_argument(
+        "--compare", action="store_true", help="also measure whole layers, with MiniMax-M3's, up to 4k tokens"
+    )
     parser.add_argument("--output", type=Path, help="folder (default: runs/attention; on a GPU model_cards/benchmarks)")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
@@ -208,11 +221,12 @@ def main() -> None:
         attention_cuda.main(options)
         return
     if options.longest < 1024:
-        parser.error(f"--longest must be at least 1024, got {options.longest}")
+        parser.error(f"--longest must be at least 1024, got {options.longest}; the default is 32768")
     if options.compare and not is_available():
         parser.error("--compare needs a transformers that has MiniMax-M3, got one without; pip install -U transformers")
     torch.set_num_threads(1)
-    flops, rows = peak_flops(), measure(options)
+    flops = peak_flops()
+    rows = measure(options)
     layers = compare(options) if options.compare else []
     trained = [row["length"] for row in rows if "backward" in row["what"]]
     memory = {name: peak_memory(prepare_memory, name, max(trained)) for name in ("dense", "sparse") if trained}

@@ -1,9 +1,12 @@
-"""Masked sparse attention on a GPU against dense attention, selection included; `attention.py --device cuda` runs this.
+"""Measure masked sparse attention against dense attention on a GPU, including the selection of blocks.
 
-Shapes: head dimension 128, bfloat16, batch 1, 64 query heads over 4 key-value heads and 32 over 8, blocks of 64, 16 of
-them attended: 11 chosen, 4 local, 1 sink. Opponents: PyTorch's FlashAttention 2 and cuDNN backends, and FlashAttention
-3 where the package `flash_attn_interface` is installed. Decoding is replayed from CUDA graphs, with cached block means.
-Times are medians of device time, of competitors that take turns; each run finds a cold L2 cache.
+    python examples/benchmarks/attention.py --device cuda        # runs this file; needs a CUDA device
+
+Shapes: head dimension 128, bfloat16, batch 1, 64 query heads over 4 key-value heads and 32 over 8. Blocks have 64
+tokens, and each query attends to 16 blocks: 11 chosen, 4 local, 1 sink. The baselines are PyTorch's FlashAttention 2
+and cuDNN backends, and FlashAttention 3 if the package `flash_attn_interface` is installed. Decoding is replayed from
+CUDA graphs, with cached block means. Times are medians of device times. The competitors take turns, and each run starts
+with a cold L2 cache.
 """
 
 import argparse
@@ -27,19 +30,19 @@ from whisper_hf.model.attention_triton import attention_triton
 from whisper_hf.model.triton_decode import attention_triton_decode
 
 Run = Callable[[], object]
-Timer = Callable[[Run], float]  # runs once, returns milliseconds
+Timer = Callable[[Run], float]  # runs a function once, and returns milliseconds
 
 HEAD_DIM = 128
-HEADS = ((64, 4), (32, 8))
+HEADS = ((64, 4), (32, 8))  # query heads and key-value heads
 SETTINGS = SparseAttentionConfig(block_size=64, topk_blocks=11, local_blocks=4, sink_blocks=1)
 SHORTEST, LONGEST = 8192, 131072
-CACHE_BYTES = 2**28  # written before each run, more than any L2 cache holds
+CACHE_BYTES = 2**28  # written before each run; larger than any L2 cache
 BASELINES = ("flash2", "cudnn", "flash3")
 PASSES = ("forward", "backward", "forward + backward", "decode")
 
 
 def inputs(length: int, heads: int, kv_heads: int, queries: int, device: str = "cuda") -> list[Tensor]:
-    """Return query `[1, heads, queries, 128]`, key and value `[1, kv_heads, length, 128]`, as models hold them."""
+    """Return query `[1, heads, queries, 128]`, key and value `[1, kv_heads, length, 128]`, strided as in models."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sizes = ((queries, heads), (length, kv_heads), (length, kv_heads))
     states = [torch.randn(1, *size, HEAD_DIM, device=device, dtype=dtype) for size in sizes]
@@ -47,13 +50,13 @@ def inputs(length: int, heads: int, kv_heads: int, queries: int, device: str = "
 
 
 def dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend densely by one of PyTorch's backends; causally, but a single query sees everything."""
+    """Compute dense attention by a backend of PyTorch; it is causal, but a single query attends to all keys."""
     with sdpa_kernel(backend):
         return sdpa(query, key, value, is_causal=query.shape[2] > 1, enable_gqa=True)
 
 
 def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend densely by FlashAttention 3."""
+    """Compute dense causal attention by FlashAttention 3."""
     from flash_attn_interface import flash_attn_func
 
     output = flash_attn_func(*(states.transpose(1, 2) for states in (query, key, value)), causal=True)
@@ -61,12 +64,12 @@ def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sparse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend sparsely, selection included."""
+    """Compute sparse attention by the Triton kernels, including the selection of blocks."""
     return attention_triton(query, key, value, None, HEAD_DIM**-0.5, SETTINGS)
 
 
 def competitors() -> dict[str, Callable[..., Tensor]]:
-    """Return what attends, by name; what is not installed is left out."""
+    """Return the implementations of attention that are installed, by name."""
     found: dict[str, Callable[..., Tensor]] = {
         "sparse": sparse,
         "flash2": functools.partial(dense, SDPBackend.FLASH_ATTENTION),
@@ -78,7 +81,7 @@ def competitors() -> dict[str, Callable[..., Tensor]]:
 
 
 def runs_of(what: str, attend: Callable[..., Tensor], states: list[Tensor]) -> Run:
-    """Return one pass of a competitor as a function; `backward` is the backward pass alone."""
+    """Return a function that runs one pass of an implementation; `backward` is only the backward pass."""
     if what == "forward":
         return torch.no_grad()(functools.partial(attend, *states))
     output = attend(*states)
@@ -89,7 +92,7 @@ def runs_of(what: str, attend: Callable[..., Tensor], states: list[Tensor]) -> R
 
 
 def decoding(attend: Callable[..., Tensor], states: list[Tensor]) -> Run:
-    """Return one decoding step of a competitor; the sparse one has block means, as its cache does."""
+    """Return a function that runs one decoding step; the sparse one gets block means, as from its cache."""
     query, key, value = (each.detach() for each in states)
     if attend is sparse:
         means = mean_blocks(key, None, SETTINGS.block_size)
@@ -99,7 +102,7 @@ def decoding(attend: Callable[..., Tensor], states: list[Tensor]) -> Run:
 
 
 def graphed(run: Run) -> Run:
-    """Capture a run in a CUDA graph; return its replay."""
+    """Capture a run in a CUDA graph, and return the function that replays it."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -110,9 +113,10 @@ def graphed(run: Run) -> Run:
 
 
 def device_milliseconds(scratch: Tensor, run: Run) -> float:
-    """Time one run on the device, from a cold cache."""
+    """Return the device time of one run in milliseconds, starting with a cold cache."""
     scratch.zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     start.record()
     run()
     end.record()
@@ -121,7 +125,7 @@ def device_milliseconds(scratch: Tensor, run: Run) -> float:
 
 
 def peak_bytes(run: Run) -> int:
-    """Return the device memory that a run needs at its peak, above what was allocated before it."""
+    """Return the peak device memory of a run in bytes, above what was allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -131,7 +135,7 @@ def peak_bytes(run: Run) -> int:
 
 
 def alternate(runs: dict[str, Run], timer: Timer, rounds: int) -> dict[str, float]:
-    """Time competitors in turns, after two rounds that are not counted; return the median milliseconds of each."""
+    """Time competitors in turns, after two warm-up rounds; return the median milliseconds of each, by name."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 2):
         for name, run in runs.items():
@@ -142,9 +146,19 @@ def alternate(runs: dict[str, Run], timer: Timer, rounds: int) -> dict[str, floa
 def measure_row(
     what: str, length: int, heads: tuple[int, int], timer: Timer, rounds: int, device: str = "cuda"
 ) -> dict[str, object]:
-    """Measure one pass at one length: milliseconds, their ratios to the sparse ones, and peak bytes.
+    """Measure one pass at one length, for all competitors.
 
-    A competitor that cannot run this is named in `failed`, with its reason.
+    Args:
+        what: the pass, one of `PASSES`.
+        length: tokens of the sequence.
+        heads: query heads and key-value heads.
+        timer: times one run in milliseconds.
+        rounds: counted rounds.
+        device: where to run.
+
+    Returns:
+        `milliseconds` by competitor, `ratios` (milliseconds / those of sparse attention), `peak_bytes`, and `failed`:
+        the errors of competitors that could not run.
     """
     states = inputs(length, *heads, queries=1 if what == "decode" else length, device=device)
     runs: dict[str, Run] = {}
@@ -153,11 +167,11 @@ def measure_row(
     for name, attend in competitors().items():
         try:
             run = decoding(attend, states) if what == "decode" else runs_of(what, attend, states)
-            run()  # compiles
+            run()  # compiles the kernels
             if device == "cuda":
                 memory[name] = peak_bytes(run)
                 run = graphed(run) if what == "decode" else run
-        except RuntimeError as error:  # also what is raised where memory runs out
+        except RuntimeError as error:  # an error for lack of memory is one of these too
             failed[name] = str(error).splitlines()[0]
             continue
         runs[name] = run
@@ -168,7 +182,7 @@ def measure_row(
 
 
 def report(rows: list[dict]) -> str:
-    """Return tables of dense over sparse: a line for each pass and baseline, a column for each length."""
+    """Return a Markdown table of baseline time / sparse time, per pass and baseline (lines) and length (columns)."""
     lengths = sorted({row["length"] for row in rows})
     found = {(row["what"], row["heads"], row["length"]): row for row in rows}
     lines = []
@@ -185,7 +199,7 @@ def report(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw forward + backward time against length, both logarithmic, a panel for each number of heads."""
+    """Plot forward + backward time against length, both logarithmic, with a panel for each number of heads."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -205,7 +219,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return what the times depend on."""
+    """Return the device and the versions of the software on which the times depend."""
     import triton
 
     return {

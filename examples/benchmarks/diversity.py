@@ -1,28 +1,31 @@
-"""How often a small model loops, and what the cures cost: every objective against repetition at three strengths.
+"""Compare training objectives against repetition, at three strengths each: what they achieve and cost.
 
+    pip install -e ".[examples,metrics]"
     python examples/benchmarks/diversity.py                 # everything: about two hours on an idle core
     python examples/benchmarks/diversity.py --only mle whisper --seeds 1
     python examples/benchmarks/diversity.py --cost          # only time and memory of a step
 
-On one CPU thread. A sparse WhisperLM of 2.2 million parameters reads three novels (twelve minutes, kept in `--output`).
-From these weights each method goes on for 200 steps of 1,024 tokens, the same ones in the same order for each seed:
+The script runs on one CPU thread. It trains a sparse WhisperLM of 2.2 million parameters on three novels, which takes
+twelve minutes, and keeps it in `--output`. From these weights each method continues for 200 steps of 1,024 tokens. For
+each seed, all methods get the same tokens in the same order:
 
     mle                   cross-entropy
     token-unlikelihood    Welleck et al. 2019; strength: weight
-    sequence-unlikelihood the same; strength: share of the steps that it takes
+    sequence-unlikelihood Welleck et al. 2019; strength: share of the steps with this loss
     scalegrad             Lin et al. 2021; strength: gamma, the smaller the stronger
     simctg                Su et al. 2022; strength: margin
     contrastive-token     Jiang et al. 2022; strength: weight
     ditto                 Xu et al. 2022, in every other step; strength: lambda, the smaller the stronger
     gem                   Li et al. 2025; strength: beta, the smaller the stronger
     contrast              `WhisperLMConfig.diversity`, without generation; strength: weight
-    whisper               `SequenceUnlikelihoodCallback`; strength: steps from one time to the next
+    whisper               `SequenceUnlikelihoodCallback`; strength: interval between applications in steps, the smaller
+                          the stronger
 
-Measured on a fourth novel: perplexity; cross-entropy on tokens where people repeated themselves (they complete three
-tokens that came before in their row); the repetition (seq-rep-4) of 64 greedy continuations of 96 tokens; and, of
-nucleus samples (p = 0.95) of the same prefixes, the share of repeated pairs (seq-rep-2) and their likeness to one
-another (self-BLEU). To repeat less than people do is as wrong as more. Results in `--output` with the same settings are
-not run again.
+The script measures on a fourth novel: perplexity; cross-entropy on the tokens where the human author repeats three
+tokens of the same row; the repetition (seq-rep-4) of 64 greedy continuations of 96 tokens; and, of nucleus samples
+(p = 0.95) after the same prefixes, the share of repeated pairs (seq-rep-2) and their similarity (self-BLEU). The target
+is the repetition of human text: less of it is as wrong as more. Results in `--output` with the same settings are not
+measured again.
 """
 
 import argparse
@@ -47,7 +50,7 @@ from examples.benchmarks import published
 from examples.benchmarks.measuring import alternate, peak_memory
 
 try:
-    # on some CPUs bitsandbytes, which peft imports, asks for a package that only 4-bit products need: none happen here
+    # peft imports bitsandbytes, which on some CPUs logs that a package is missing; only 4-bit products need it
     logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
     from tabulate import tabulate
@@ -63,22 +66,33 @@ except ImportError as error:
     raise SystemExit(f"diversity.py: {error}; pip install 'whisper-hf[examples,metrics]'") from error
 
 BOOKS = Path(__file__).resolve().parents[1] / "data"
-READ, HELD_OUT = ("sense_and_sensibility", "pride_and_prejudice", "emma"), "northanger_abbey"
-VOCABULARY, LENGTH, BATCH, STEPS, RATE = 2048, 256, 4, 200, 1e-3
+READ = ("sense_and_sensibility", "pride_and_prejudice", "emma")  # the novels to train on
+HELD_OUT = "northanger_abbey"  # the novel to measure on
+VOCABULARY = 2048
+LENGTH, BATCH = 256, 4  # tokens of a row, rows of a step
+STEPS, RATE = 200, 1e-3  # steps and learning rate of each method
 PRETRAINING = {"steps": 700, "rate": 3e-3, "batch": 16}
-SPARSE = {"block_size": 16, "topk_blocks": 2, "local_blocks": 4, "sink_blocks": 1}  # 112 of 256 tokens
+SPARSE = {"block_size": 16, "topk_blocks": 2, "local_blocks": 4, "sink_blocks": 1}  # a budget of 112 of 256 tokens
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 6, "num_key_value_heads": 6}
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-ROWS, WRITTEN, PREFIX, NEW = 192, 64, 32, 96  # held-out rows, continuations, tokens they continue and add
-OWN_ROWS, OWN_NEW = 16, 64  # continuations in training, of sequence-unlikelihood and of ours
-COST_BATCH, COST_STEPS = 16, 16
+ROWS = 192  # held-out rows
+WRITTEN, PREFIX, NEW = 64, 32, 96  # number of continuations, tokens of their prefix, tokens that they add
+OWN_ROWS, OWN_NEW = 16, 64  # continuations in training (sequence-unlikelihood, whisper): number, tokens that they add
+COST_BATCH, COST_STEPS = 16, 16  # rows of a step and steps of a measurement of cost
 MEASURES = ("perplexity", "on_repeats", "greedy", "sampled", "self_bleu")
 
 
 @dataclass(frozen=True)
 class Method:
-    """Three strengths, ascending, and one way to train: a loss, settings of the model, or a callback."""
+    """A training method with its strengths, in ascending order of effect.
+
+    Args:
+        strengths: the values of the method's parameter that are compared.
+        loss: computes the loss from model, token ids `[B, T]`, strength and step; `None` for the model's own loss.
+        settings: makes the model's diversity settings from the strength; they are `None` by default.
+        callback: makes the Trainer's callback from the strength, for the methods that have one.
+    """
 
     strengths: tuple[float, ...]
     loss: Callable[[Model, Tensor, float, int], Tensor] | None = None
@@ -87,53 +101,64 @@ class Method:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return nats, `[B, T]`."""
+    """Return the cross-entropy of logits `[B, T, V]` at targets `[B, T]`, in nats, `[B, T]`; 0 for targets of -100."""
     return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
 
 
 def after(ids: Tensor) -> Tensor:
-    """Return the tokens to predict, `[B, T]`."""
+    """Return the target of each position, `[B, T]` int64: the next token, or -100 at the end of a row."""
     return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
 
 
 def mean(losses: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over tokens that count."""
+    """Return the mean of losses `[B, T]` over the positions whose target is a token."""
     return losses.sum() / (targets >= 0).sum()
 
 
 def token_unlikelihood(model: Model, ids: Tensor, weight: float, step: int) -> Tensor:
-    logits, targets = model(ids, use_cache=False).logits, after(ids)
+    """Return cross-entropy plus weighted token unlikelihood."""
+    logits = model(ids, use_cache=False).logits
+    targets = after(ids)
     return mean(cross_entropy(logits, targets) + weight * published.token_unlikelihood(logits, targets), targets)
 
 
 def sequence_unlikelihood(model: Model, ids: Tensor, share: float, step: int) -> Tensor:
+    """Return sequence unlikelihood of the model's own continuations in a share of the steps, else cross-entropy."""
     if int((step + 1) * share) == int(step * share):
         return model(ids, labels=ids, use_cache=False).loss
-    row, start = torch.randint(len(ids), (OWN_ROWS, 1)), torch.randint(LENGTH - PREFIX, (OWN_ROWS, 1))
+    row = torch.randint(len(ids), (OWN_ROWS, 1))
+    start = torch.randint(LENGTH - PREFIX, (OWN_ROWS, 1))
     prompts = ids[row, start + torch.arange(PREFIX)]
     own = continue_prompts(model, prompts, torch.ones_like(prompts), OWN_NEW, pad_token_id=0)
-    logits, targets = model(own["input_ids"], use_cache=False).logits, after(own["labels"])
+    logits = model(own["input_ids"], use_cache=False).logits
+    targets = after(own["labels"])
     return mean(unlikelihood.sequence_unlikelihood(logits, targets), targets)
 
 
 def scalegrad(model: Model, ids: Tensor, gamma: float, step: int) -> Tensor:
+    """Return the loss of ScaleGrad."""
     targets = after(ids)
     return mean(published.scalegrad(model(ids, use_cache=False).logits, targets, gamma=gamma), targets)
 
 
 def simctg(model: Model, ids: Tensor, margin: float, step: int) -> Tensor:
-    output, targets = model(ids, use_cache=False, output_hidden_states=True), after(ids)
-    likeness = published.simctg(output.hidden_states[-1], targets, margin=margin)
-    return mean(cross_entropy(output.logits, targets) + likeness, targets)
+    """Return cross-entropy plus the contrastive loss of SimCTG."""
+    output = model(ids, use_cache=False, output_hidden_states=True)
+    targets = after(ids)
+    contrast = published.simctg(output.hidden_states[-1], targets, margin=margin)
+    return mean(cross_entropy(output.logits, targets) + contrast, targets)
 
 
 def contrastive_token(model: Model, ids: Tensor, weight: float, step: int) -> Tensor:
-    logits, targets = model(ids, use_cache=False).logits, after(ids)
+    """Return cross-entropy plus the weighted contrastive token loss."""
+    logits = model(ids, use_cache=False).logits
+    targets = after(ids)
     contrast = published.contrastive_token(logits, targets, window=LENGTH // 8)
     return mean(cross_entropy(logits, targets) + weight * contrast, targets)
 
 
 def ditto(model: Model, ids: Tensor, ratio: float, step: int) -> Tensor:
+    """Return the loss of DITTO on repeated sentences in every other step, else cross-entropy."""
     if step % 2 == 0:
         return model(ids, labels=ids, use_cache=False).loss
     starts, ends = sentences(ids)
@@ -143,7 +168,10 @@ def ditto(model: Model, ids: Tensor, ratio: float, step: int) -> Tensor:
 
 
 def sentences(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return start and end (`[B]`) of a random sentence of 5 to 40 tokens of each row, or of 20 tokens."""
+    """Return start and end, `[B]` int64, of a random sentence of 5 to 40 tokens in each row of `ids`, `[B, T]`.
+
+    A row without such a sentence gets the 20 tokens in its middle.
+    """
     spans = []
     for row in torch.isin(ids, stops()):
         ends = (row.nonzero()[:, 0] + 1).tolist()
@@ -154,12 +182,13 @@ def sentences(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gem(model: Model, ids: Tensor, beta: float, step: int) -> Tensor:
+    """Return the loss of GEM."""
     targets = after(ids)
     return mean(published.gem(model(ids, use_cache=False).logits, targets, beta=beta), targets)
 
 
 def penalty(every: float) -> SequenceUnlikelihoodCallback:
-    """Return ours, with continuations as long as those of others."""
+    """Return the package's callback, with continuations as long as those of sequence-unlikelihood."""
     return SequenceUnlikelihoodCallback(int(every), OWN_ROWS, PREFIX, OWN_NEW)
 
 
@@ -178,21 +207,29 @@ METHODS = {
 
 
 class ObjectiveTrainer(Trainer):
-    """Minimises any function of model, rows, strength and step."""
+    """A Trainer that minimises a given function of model, token ids, strength and step.
+
+    Args:
+        loss: the function, see [`Method`].
+        strength: its third argument.
+    """
 
     def __init__(self, *, loss: Callable[..., Tensor], strength: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.loss, self.strength = loss, strength
+        self.loss = loss
+        self.strength = strength
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of a batch, a scalar."""
         return self.loss(model, inputs["input_ids"], self.strength, self.state.global_step)
 
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """Return a byte-pair encoding of the novels that are read; the same each time."""
+    """Train a byte-pair tokenizer on the novels to train on; the result is the same each time."""
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=letters, show_progress=False)
     made.train([str(BOOKS / f"{name}.txt") for name in READ], trainer)
@@ -201,7 +238,7 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def stops() -> Tensor:
-    """Return the ids of tokens that end a sentence."""
+    """Return the ids of tokens that end a sentence, `[tokens]` int64."""
     found = [i for token, i in tokenizer().get_vocab().items() if token.endswith((".", "!", "?"))]
     return torch.tensor(found)
 
@@ -214,12 +251,12 @@ def read_rows(*names: str) -> Tensor:
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
-    """Return `count` rows, spread over all."""
+    """Return `count` evenly spaced rows of `[N, T]`."""
     return rows[torch.arange(count) * len(rows) // count]
 
 
 def train(model: Model, kind: type[Trainer], steps: int, rate: float, batch: int, seed: int, **more: Any) -> float:
-    """Train, and return the CPU seconds of a step."""
+    """Train a model on the novels, and return the CPU seconds per step."""
     schedule = {"max_steps": steps, "learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_steps": steps // 20}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     device = {"use_cpu": True, "dataloader_pin_memory": False, "bf16": False}
@@ -234,7 +271,7 @@ def train(model: Model, kind: type[Trainer], steps: int, rate: float, batch: int
 
 
 def pretrain(folder: Path) -> None:
-    """Make the weights that all start from; the folder appears when it is complete."""
+    """Train the weights with which all methods start; the folder appears when it is complete."""
     set_seed(0)
     model = AutoModelForCausalLM.from_config(
         WhisperLMConfig(vocab_size=VOCABULARY, **SIZES, **SPECIAL, tie_word_embeddings=True, sparse_attention=SPARSE)
@@ -248,14 +285,14 @@ def pretrain(folder: Path) -> None:
 
 
 def load(folder: Path) -> Model:
-    """Return the weights that all start from."""
+    """Load the model with which all methods start."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.set_attn_implementation("sdpa")  # the same function, and faster on rows as short as these
+    model.set_attn_implementation("sdpa")  # it computes the same function, and is faster on rows this short
     return model
 
 
 def fit(model: Model, name: str, strength: float, seed: int, steps: int, batch: int = BATCH) -> float:
-    """Train by one method, and return the CPU seconds of a step."""
+    """Train a model by one method, and return the CPU seconds per step."""
     method = METHODS[name]
     use_diversity(model, method.settings(strength))
     more: dict[str, Any] = {} if method.loss is None else {"loss": method.loss, "strength": strength}
@@ -267,19 +304,27 @@ def fit(model: Model, name: str, strength: float, seed: int, steps: int, batch: 
 
 
 def repeats(rows: Tensor) -> Tensor:
-    """Find (`[N, T - 1]`, bool) the next tokens that complete three tokens which came before in their row."""
+    """Return which next tokens repeat: they end a sequence of three tokens that is earlier in their row.
+
+    Args:
+        rows: `[N, T]`, int64.
+
+    Returns:
+        `[N, T - 1]`, bool, for the tokens from the second on.
+    """
     found = torch.zeros(len(rows), rows.shape[1] - 1, dtype=torch.bool)
     for number, row in enumerate(rows.tolist()):
         seen: set[tuple[int, ...]] = set()
         for end in range(2, len(row)):
-            found[number, end - 1] = (three := tuple(row[end - 2 : end + 1])) in seen
+            three = tuple(row[end - 2 : end + 1])
+            found[number, end - 1] = three in seen
             seen.add(three)
     return found
 
 
 @torch.no_grad()
 def measure(model: Model) -> dict[str, float]:
-    """Measure a model on the novel that it has not read."""
+    """Return the perplexity of a model on the held-out novel, and the measures of repetition, by name."""
     model.eval()
     rows = spread(read_rows(HELD_OUT), ROWS)
     losses = torch.cat([cross_entropy(model(part).logits, after(part))[:, :-1] for part in rows.split(16)])
@@ -297,14 +342,14 @@ def measure(model: Model) -> dict[str, float]:
 
 
 def measure_text(greedy: Tensor, sampled: Tensor) -> dict[str, float]:
-    """Measure continuations, `[N, T]` int64."""
+    """Return the measures of repetition in greedy and in sampled continuations, both `[N, T]` int64."""
     texts = tokenizer().decode_batch(sampled.tolist())
     values = {"greedy": sequence_repetition(greedy, 4), "sampled": sequence_repetition(sampled, 2)}
     return {**values, "self_bleu": self_bleu(texts)}
 
 
 def run(name: str, strength: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a model by one method, and measure it."""
+    """Train a model by one method, measure it, and return a row of results."""
     model = load(options.output / "start")
     seconds = fit(model, name, strength, seed, options.steps)
     measured = measure(model)
@@ -314,13 +359,16 @@ def run(name: str, strength: float, seed: int, options: argparse.Namespace) -> d
 
 
 def prepare_steps(folder: Path, name: str, strength: float) -> Callable[[], object]:
-    """Return a training of some steps with a larger batch, as text written costs the same for any."""
+    """Return a function that trains for some steps, with a larger batch.
+
+    Generation in training costs the same for any batch, so that its share is realistic only in a larger one.
+    """
     model = load(folder)
     return lambda: fit(model, name, strength, 0, COST_STEPS, COST_BATCH)
 
 
 def measure_cost(folder: Path) -> list[dict[str, Any]]:
-    """Return time and peak memory of training with ours, beside those of cross-entropy."""
+    """Return time and peak memory of training with the package's two methods, as ratios to cross-entropy."""
     compared = {"mle": 0.0, "contrast": 0.5, "whisper": 16.0, "whisper, more often": 8.0}
     named = {label: (folder, label.split(",")[0], strength) for label, strength in compared.items()}
     seconds = alternate({label: prepare_steps(*which) for label, which in named.items()}, most=3)
@@ -330,7 +378,7 @@ def measure_cost(folder: Path) -> list[dict[str, Any]]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean and standard deviation over seeds of each method and strength, with perplexity beside MLE's."""
+    """Return mean and standard deviation over seeds, for each method and strength, also of ratios to cross-entropy."""
     base = {row["seed"]: row for row in rows if row["method"] == "mle"}
     summary = []
     for name, strength in dict.fromkeys((row["method"], row["strength"]) for row in rows):
@@ -344,7 +392,15 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def at_matched_perplexity(rows: list[dict[str, Any]], most: float) -> dict[str, list[float | None]]:
-    """Return each method's least greedy repetition, seed by seed, among strengths of at most this perplexity ratio."""
+    """Return each method's least greedy repetition among the strengths with a small loss of perplexity.
+
+    Args:
+        rows: the results.
+        most: largest accepted perplexity, as a ratio to cross-entropy's.
+
+    Returns:
+        for each method a value per seed, or `None` where no strength is accepted.
+    """
     base = {row["seed"]: row["perplexity"] for row in rows if row["method"] == "mle"}
     best: dict[str, list[float | None]] = {}
     for name in dict.fromkeys(row["method"] for row in rows):
@@ -354,7 +410,7 @@ def at_matched_perplexity(rows: list[dict[str, Any]], most: float) -> dict[str, 
 
 
 def report(summary: list[dict[str, Any]], results: dict[str, Any]) -> str:
-    """Return the tables."""
+    """Return the results as two Markdown tables: all strengths, and the best strength at matched perplexity."""
     table = [["people", "", "", "", *(f"{100 * results['people'][key]:.1f}" for key in MEASURES[2:])]]
     for row in summary:
         ratios = [f"{100 * row[f'{key}_ratio'][0] - 100:+.1f}" for key in ("perplexity", "on_repeats")]
@@ -372,36 +428,36 @@ def report(summary: list[dict[str, Any]], results: dict[str, Any]) -> str:
 
 
 def plot(summary: list[dict[str, Any]], results: dict[str, Any], path: Path) -> None:
-    """Draw repetition against perplexity, a line for each method."""
+    """Plot repetition against perplexity, with a line for each method."""
     axis = Figure(figsize=(8, 5), layout="constrained").subplots()
     for number, name in enumerate(dict.fromkeys(row["method"] for row in summary)):
         mine = [row for row in summary if row["method"] == name]
         x, y = ([100 * (row[key][0] - less) for row in mine] for key, less in (("perplexity_ratio", 1), ("greedy", 0)))
         axis.plot(x, y, "o-", label=name, color=f"C{number}", linewidth=3 if name == "whisper" else 1)
     axis.axhline(100 * results["people"]["greedy"], color="black", linestyle=":", label="people")
-    axis.set_xlabel("perplexity above that of cross-entropy, %")
+    axis.set_xlabel("perplexity above cross-entropy's, %")
     axis.set_ylabel("greedy seq-rep-4, %")
     axis.legend()
     axis.figure.savefig(path)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=STEPS, help="after the common start (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="runs of each method (default: 0 1 2)")
+    add("--steps", type=int, default=STEPS, help="training steps of each method (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs of each method (default: 0 1 2)")
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    add("--cost", action="store_true", help="measure time and memory of a step, which needs an idle machine, instead")
+    add("--cost", action="store_true", help="measure only time and memory of a step, which needs an idle machine")
     add("--output", type=Path, default=Path("runs/diversity"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     if options.steps < 1:
-        parser.error(f"--steps must be positive, got {options.steps}")
+        parser.error(f"--steps must be positive, got {options.steps}; the default is {STEPS}")
     return options
 
 
 def read_results(options: argparse.Namespace) -> dict[str, Any]:
-    """Return earlier results, if they were made with these settings, or how people repeat themselves."""
+    """Return earlier results with the same settings, or else new ones that hold only the measures of human text."""
     path = options.output / "diversity.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     made = {"steps": options.steps, "torch": torch.__version__}
@@ -412,7 +468,7 @@ def read_results(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what has not been run, print and write."""
+    """Run the methods without results, print the tables, and write the results."""
     options = parse_arguments()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -428,7 +484,7 @@ def main() -> None:
         return
     results = read_results(options)
     for seed in options.seeds:
-        for name in dict.fromkeys(["mle", *options.only]):  # which the others are compared with
+        for name in dict.fromkeys(["mle", *options.only]):  # mle: the baseline of all other methods
             for strength in METHODS[name].strengths:
                 if (name, strength, seed) not in {(r["method"], r["strength"], r["seed"]) for r in results["rows"]}:
                     results["rows"].append(run(name, strength, seed, options))

@@ -1,12 +1,13 @@
-"""What a WhisperLM adds to a training step under FSDP 2, beside a LlamaForCausalLM with the same weights.
+"""Measure the overhead of a WhisperLM in a training step under FSDP 2, against a Llama with the same weights.
 
     torchrun --nproc_per_node 2 examples/benchmarks/fsdp.py                              # two CPU processes: 2 minutes
     torchrun --nproc_per_node 8 examples/benchmarks/fsdp.py --hidden-size 4096 --layers 16 --length 1536      # on GPUs
 
-Both models are sharded layer by layer, with activation checkpointing, and trained with AdamW on the same random tokens,
-in turns. The budget covers the sequence, so both compute the same attention (SDPA), and what is left is this package's
-own code. Prints the ratio of the medians (WhisperLM over Llama: 1 would be no overhead), and writes it to `--output`.
-On CPUs (gloo) process time is measured, summed over processes, on GPUs (NCCL) wall time.
+Both models are sharded layer by layer, with activation checkpointing. They are trained in turns with AdamW on the same
+random tokens. The budget covers the sequence, so both compute the same attention (SDPA). The difference of their times
+is the overhead of this package. The script prints the ratio of the medians (WhisperLM time / Llama time; 1 is no
+overhead), and writes it to `--output`. On CPUs (gloo) it measures process time, summed over processes; on GPUs (NCCL)
+it measures wall time.
 """
 
 import argparse
@@ -28,7 +29,7 @@ HEADS, KEY_HEADS, VOCABULARY = 8, 4, 8192
 
 
 def shard(model: Model) -> Model:
-    """Shard a model in place: each layer by itself, the head with the last norm, then what is left."""
+    """Shard a model in place: each layer, then the head with the last norm, then the remaining parameters."""
     model.activation_checkpointing_enable()
     for layer in model.model.layers:
         fully_shard(layer)
@@ -37,7 +38,7 @@ def shard(model: Model) -> Model:
 
 
 def training_step(model: Model, ids: torch.Tensor, losses: list[float]) -> Run:
-    """Return the run that trains on `ids`, `[B, T]`, and adds the loss to a list."""
+    """Return a function that runs a training step on `ids`, `[B, T]` int64, and appends the loss to a list."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def run() -> None:
@@ -45,16 +46,16 @@ def training_step(model: Model, ids: torch.Tensor, losses: list[float]) -> Run:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())  # waits for the GPU
+        losses.append(loss.item())  # `.item()` waits for the GPU
 
     return run
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of a step of each model, over processes: their sum on CPUs, their mean on GPUs.
+    """Return the median seconds of a training step of each model: summed over processes on CPUs, their mean on GPUs.
 
     Raises:
-        AssertionError: the models do not learn the same.
+        AssertionError: the losses of the models differ.
     """
     sizes = {"hidden_size": options.hidden_size, "num_hidden_layers": options.layers, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
@@ -81,10 +82,15 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, floa
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Run the command line: measure, print and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--length", type=int, default=512, help="tokens, at most the budget of 1600 (default: %(default)s)")
+    add(
+        "--length",
+        type=int,
+        default=512,
+        help="tokens of a sequence, at most the budget of 1600 (default: %(default)s)",
+    )
     add("--batch", type=int, default=2, help="sequences of each process (default: %(default)s)")
     add("--layers", type=int, default=4, help="(default: %(default)s)")
     add("--hidden-size", type=int, default=512, help="(default: %(default)s)")
@@ -92,9 +98,9 @@ def main() -> None:
     add("--output", type=Path, default=Path("runs/fsdp"), help="folder for fsdp.json (default: %(default)s)")
     options = parser.parse_args()
     if "LOCAL_RANK" not in os.environ:
-        parser.error("start it with torchrun --nproc_per_node N")
+        parser.error("needs the processes of torchrun, found none; start it with torchrun --nproc_per_node N")
     if not 0 < options.length <= 1600:
-        parser.error(f"--length must be at most 1600, the tokens of the budget, got {options.length}")
+        parser.error(f"--length must be at most 1600, the tokens of the budget, got {options.length}; lower it")
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
     if is_gpu:
@@ -110,7 +116,7 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, seconds: dict[str, float], device: torch.device) -> None:
-    """Print and write what was measured."""
+    """Print the times and their ratio, and write them to a file."""
     ratio = seconds["whisper_lm"] / seconds["llama"]
     shown = ", ".join(f"{name} {value:.4f} s" for name, value in seconds.items())
     print(f"{dist.get_world_size()} processes, a training step: whisper_lm / llama {ratio:.3f}: {shown}")

@@ -1,8 +1,9 @@
-"""One attention layer as a whole, projections and all: ours against that of MiniMax-M3 in transformers.
+"""Measure a whole attention layer, with its projections, against the sparse layer of MiniMax-M3 in transformers.
 
-Both choose blocks for each token and each key head. The one in transformers scores them with projections of its own (an
-indexer), compares every query with every key to do so, and turns the choice into a mask for dense attention, unless a
-kernel for GPUs is there that reads only the chosen blocks: here its cost is quadratic.
+Both layers choose blocks for each token and each key head. The layer of MiniMax-M3 scores the blocks with additional
+projections, its indexer, and compares every query with every key. On a CPU it turns the choice into a mask for dense
+attention, so its cost is quadratic here. On GPUs there are kernels that read only the chosen blocks.
+`attention.py --compare` runs this file.
 """
 
 import importlib.util
@@ -20,18 +21,18 @@ LENGTHS = (1024, 2048, 4096)
 COMPETITORS = ("dense", "MiniMax-M3", "ours")
 PASSES = ("forward", "forward + backward")
 NOTE = """\
-Whole layers: projections, norms and RoPE are included everywhere, with MiniMax-M3 also its indexer. Without a GPU its
-sparse layer is dense attention under a computed mask. `dense` is a MiniMax-M3 layer without indexer. The sparse layers
-let a token see equally many others."""
+Whole layers: projections, norms and RoPE are included, and with MiniMax-M3 also its indexer. Without a GPU, its sparse
+layer is dense attention with a computed mask. `dense` is a MiniMax-M3 layer without indexer. In both sparse layers a
+token attends to the same number of tokens."""
 
 
 def is_available() -> bool:
-    """Tell whether the installed transformers has MiniMax-M3."""
+    """Return whether the installed version of transformers has MiniMax-M3."""
     return importlib.util.find_spec("transformers.models.minimax_m3_vl") is not None
 
 
 def build_layers(sizes: dict[str, int], settings: SparseAttentionConfig) -> tuple[dict[str, nn.Module], nn.Module]:
-    """Return the layers, which see equally many tokens and have norms on query and key heads, and their RoPE.
+    """Build the layers, by name, and their RoPE; all have norms on query and key heads, and the same budget.
 
     Args:
         sizes: `hidden_size`, `num_attention_heads`, `num_key_value_heads` and `head_dim`.
@@ -48,7 +49,7 @@ def build_layers(sizes: dict[str, int], settings: SparseAttentionConfig) -> tupl
         index_n_heads=sizes["num_key_value_heads"],
         index_head_dim=sizes["head_dim"],
         index_block_size=settings.block_size,
-        index_topk_blocks=settings.budget_blocks,  # its local blocks count among the chosen
+        index_topk_blocks=settings.budget_blocks,  # this number includes the local blocks
         index_local_blocks=settings.local_blocks,
         attn_implementation="sdpa",
     )
@@ -60,7 +61,15 @@ def build_layers(sizes: dict[str, int], settings: SparseAttentionConfig) -> tupl
 
 
 def layer_run(name: str, what: str, length: int, sizes: dict[str, int], settings: SparseAttentionConfig) -> Run:
-    """Return a run of one pass of one layer over `[1, length, hidden_size]`; the backward one with all gradients."""
+    """Return a function that runs one pass of one layer over `[1, length, hidden_size]`, float32.
+
+    Args:
+        name: the layer, one of `COMPETITORS`.
+        what: the pass, one of `PASSES`; the backward pass computes the gradients of inputs and parameters.
+        length: tokens of the sequence.
+        sizes: as in [`build_layers`].
+        settings: block size and budget.
+    """
     layers, rope = build_layers(sizes, settings)
     layer = layers[name]
     hidden = torch.randn(1, length, sizes["hidden_size"], generator=torch.Generator().manual_seed(0))
@@ -71,13 +80,14 @@ def layer_run(name: str, what: str, length: int, sizes: dict[str, int], settings
 
     if what == "forward":
         return torch.no_grad()(attend)
-    leaves, upstream = [hidden.requires_grad_(), *layer.parameters()], torch.ones_like(hidden)
-    # no gradient flows through the choice of blocks, so there is none for the indexer
+    leaves = [hidden.requires_grad_(), *layer.parameters()]
+    upstream = torch.ones_like(hidden)
+    # allow_unused: no gradient flows through the choice of blocks to the indexer
     return lambda: torch.autograd.grad(attend(), leaves, upstream, allow_unused=True)
 
 
 def prepare_memory(*arguments: object) -> Run:
-    """Return the run whose memory is measured; arguments as in [`layer_run`]."""
+    """Return the run whose peak memory is measured, on one thread; the arguments are those of [`layer_run`]."""
     torch.set_num_threads(1)
     return layer_run(*arguments)
 
@@ -85,7 +95,15 @@ def prepare_memory(*arguments: object) -> Run:
 def measure_layers(
     sizes: dict[str, int], settings: SparseAttentionConfig, longest: int, seconds: float, wanted: Callable[[str], bool]
 ) -> list[dict]:
-    """Time the layers, and measure their peak memory, in turns; a row for each pass and length, printed as it comes."""
+    """Measure time and peak memory of the layers; return a row for each pass and length.
+
+    Args:
+        sizes: as in [`build_layers`].
+        settings: block size and budget.
+        longest: longest sequence, in tokens.
+        seconds: time for each comparison.
+        wanted: says for the name of a pass whether to measure it.
+    """
     rows: list[dict] = []
     lengths = [length for length in LENGTHS if length <= longest]
     for length in lengths:
@@ -103,7 +121,7 @@ def measure_layers(
 
 
 def report_layers(rows: list[dict]) -> str:
-    """Return ratios of time and of peak memory as a table: a line for each comparison, a column for each length."""
+    """Return ratios of time and of peak memory as a table, per comparison (lines) and length (columns)."""
     lengths = sorted({row["length"] for row in rows})
     found = {(row["what"], row["length"]): row for row in rows}
     table = []
@@ -117,5 +135,5 @@ def report_layers(rows: list[dict]) -> str:
 
 
 def ratio(values: dict[str, float | None], above: str, below: str) -> float | str:
-    """Divide one competitor's value by another's; empty where nothing could be measured."""
+    """Return one competitor's value / another's, or an empty text if a value is missing."""
     return values[above] / values[below] if values[above] and values[below] else ""

@@ -1,4 +1,4 @@
-"""Side-by-side measurements: alternating runs, medians, ratios, and peak memory in a process of its own."""
+"""Measure competitors side by side: median times of alternating runs, and peak memory in a separate process."""
 
 import multiprocessing
 import statistics
@@ -16,17 +16,18 @@ def alternate(
     rounds: int | None = None,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
-    """Time competitors in turns, A, B, A, B, so that what else the machine does falls on all alike.
+    """Time competitors in turns, A, B, A, B, so that other load on the machine affects all of them equally.
 
     Args:
-        runs: a name and a function each; one call of each warms up and is not counted.
-        seconds: go on for about this long, but at least for one counted round ...
-        most: ... and at most for so many.
-        rounds: or for just so many, where processes must do the same.
-        clock: what is measured, by default process time (of all threads together).
+        runs: the functions to time, by name. The first call of each is a warm-up and is not counted.
+        seconds: about how long to measure, in seconds; at least one round is counted.
+        most: largest number of counted rounds.
+        rounds: the exact number of counted rounds, where several processes must run the same number; it replaces
+            `seconds` and `most`.
+        clock: the clock, in seconds; by default the process time, summed over all threads.
 
     Returns:
-        Median seconds for each name.
+        the median of the seconds of each competitor, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.monotonic()
@@ -47,6 +48,7 @@ def peak_memory(prepare: Callable[..., Run], *arguments: object) -> float | None
 
     Args:
         prepare: a module-level function; called with the arguments in a new process, it returns the run.
+        arguments: the arguments of `prepare`.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -55,13 +57,15 @@ def peak_memory(prepare: Callable[..., Run], *arguments: object) -> float | None
 
 
 def _peak(prepare: Callable[..., Run], *arguments: object) -> float:
+    """Measure the peak memory of a run in this process, above what was resident before it, in MB."""
     run = prepare(*arguments)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident memory
     run()
     return _status("VmHWM") - before
 
 
 def _status(field: str) -> float:
+    """Read a field of this process's memory from Linux, in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024

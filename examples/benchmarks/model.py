@@ -1,20 +1,22 @@
-"""A whole model with 135 million parameters, dense against sparse, side by side in one run on one thread.
+"""Measure a whole model with 135 million parameters, sparse against dense, side by side on one CPU thread.
 
     python examples/benchmarks/model.py                                   # 2k and 8k tokens: about half an hour
     python examples/benchmarks/model.py --lengths 1024 2048 --only prefill decode
 
-The dense model is SmolLM2-135M-Instruct with PyTorch's fused attention (`sdpa`), in float32; the sparse one is the
-WhisperLM with the same weights that `from_dense` makes of it, not trained further. Measured for each length are
+The dense model is SmolLM2-135M-Instruct with PyTorch's fused attention (`sdpa`), in float32. The sparse model is the
+WhisperLM that `from_dense` makes of it, with the same weights and no further training. For each length, the script
+measures the following.
 
-- prefill: the forward pass over a prompt that fills a cache and computes the logits of the last token alone,
-- decode: greedy tokens one by one, batch 1, after a prefill of that length, from the cache of each model's own config
-  (transformers' dense cache copies itself for each token, the sparse one does not: that is part of the ratio),
-- training step: forward and backward with labels, with gradient checkpointing beyond 2,048 tokens and, beyond 8,192,
-  with logits and loss computed a part at a time,
-- peak memory of prefill and training step above what lies in memory before, weights included,
+- Prefill: the forward pass over a prompt, which fills a cache and computes only the logits of the last token.
+- Decode: greedy decoding of single tokens, batch 1, after a prefill of this length. Each model has its default cache.
+  The dense cache of transformers copies its content for each token and the sparse cache does not, which is part of the
+  ratio.
+- Training step: forward and backward with labels. Beyond 2,048 tokens it uses gradient checkpointing, and beyond 8,192
+  it computes logits and loss in parts.
+- Peak memory of prefill and training step, above what is in memory before (which includes the weights).
 
-and the perplexity of a novel on the tokens beyond the sparse budget. Prints ratios (dense over sparse: above 1, sparse
-is faster or smaller), and writes them with the times to `--output`.
+It also measures the perplexity of a novel on the tokens beyond the sparse budget. It prints how many times faster or
+smaller the sparse model is (dense / sparse), and writes the ratios with the times to `--output`.
 """
 
 import argparse
@@ -38,42 +40,42 @@ from whisper_hf import SparseAttentionConfig, from_dense
 from whisper_hf.conversion import sparse_config
 
 BOOK = Path(__file__).resolve().parents[1] / "data" / "northanger_abbey.txt"
-NEW_TOKENS = 16  # decoded in one run
+NEW_TOKENS = 16  # tokens that are decoded in one run
 SHORTEST = 64  # tokens
-LONGEST_PLAIN = 2048  # tokens: beyond, a training step recomputes the activations of each layer
-LONGEST_LOGITS = 8192  # tokens: beyond, a training step computes logits and loss of PART tokens at a time
+LONGEST_PLAIN = 2048  # tokens; in longer sequences a training step recomputes the activations of each layer
+LONGEST_LOGITS = 8192  # tokens; in longer sequences a training step computes logits and loss of PART tokens at a time
 PART = 2048
 
 
 def load(source: str, settings: SparseAttentionConfig) -> dict[str, Model]:
-    """Load the dense model in float32, and make the sparse one of it."""
+    """Load the dense model in float32, and convert it to the sparse model."""
     logging.disable_progress_bar()
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa").eval()
     return {"dense": dense, "sparse": from_dense(dense, sparse_attention=settings)}
 
 
 def read_book(source: str) -> Tensor:
-    """Return the token ids of a novel, `[1, tokens]` int64; the file has one paragraph a line."""
+    """Return the token ids of a novel, `[1, tokens]` int64, whose file has one paragraph per line."""
     lines = BOOK.read_text(encoding="utf-8").splitlines(keepends=True)
     tokenized = AutoTokenizer.from_pretrained(source)(lines, add_special_tokens=False).input_ids
     return torch.tensor([[token for ids in tokenized for token in ids]])
 
 
 def prefill(model: Model, ids: Tensor) -> Run:
-    """Return the run that reads a prompt, `[1, T]`, into a new cache."""
+    """Return a function that reads a prompt, `[1, T]` int64, into a new cache."""
     model.eval()
     return torch.no_grad()(lambda: fill_cache(model, ids))
 
 
 def fill_cache(model: Model, ids: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Read a prompt, `[1, T]`; return the cache and the greedy next token, `[1, 1]`."""
+    """Read a prompt, `[1, T]` int64; return the filled cache and the greedy next token, `[1, 1]` int64."""
     cache = DynamicCache(config=model.config)
     logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
     return cache, logits.argmax(-1)
 
 
 def decode(model: Model, ids: Tensor) -> Run:
-    """Return the run that writes NEW_TOKENS after a prompt, `[1, T]`, which it does not read again."""
+    """Return a function that decodes NEW_TOKENS tokens after a prompt, `[1, T]` int64, which is read only once."""
     cache, first = prefill(model, ids)()
 
     @torch.no_grad()
@@ -81,13 +83,13 @@ def decode(model: Model, ids: Tensor) -> Run:
         token = first
         for _ in range(NEW_TOKENS):
             token = model(token, cache=cache, use_cache=True).logits.argmax(-1)
-        cache.crop(-NEW_TOKENS)  # for the next run
+        cache.crop(-NEW_TOKENS)  # the next run starts after the prompt
 
     return run
 
 
 def training_step(model: Model, ids: Tensor) -> Run:
-    """Return the run that computes the gradients of all weights from one sequence, `[1, T]`."""
+    """Return a function that computes the gradients of all weights from one sequence, `[1, T]` int64."""
 
     def run() -> None:
         model.train()
@@ -102,10 +104,11 @@ def training_step(model: Model, ids: Tensor) -> Run:
 
 
 def training_loss(model: Model, ids: Tensor) -> Tensor:
-    """Return the mean loss of `ids`, `[1, T]`, in nats per token; for long ones without ever holding all logits."""
+    """Return the mean loss of `ids`, `[1, T]` int64, in nats per token, for long sequences from parts of the logits."""
     if ids.shape[1] <= LONGEST_LOGITS:
         return model(ids, labels=ids, use_cache=False).loss
-    hidden, targets = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, :-1], ids[0, 1:]
+    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, :-1]
+    targets = ids[0, 1:]
 
     def summed(part: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(model.get_output_embeddings()(part), target, reduction="sum")
@@ -120,12 +123,12 @@ PASSES: dict[str, Callable[[Model, Tensor], Run]] = {
     "decode": decode,
     "training step": training_step,
 }
-PARTS = ("prefill", "decode", "training", "perplexity")  # what --only may name
+PARTS = ("prefill", "decode", "training", "perplexity")  # the values of --only
 
 
 @torch.no_grad()
 def perplexity(model: Model, ids: Tensor, skip: int) -> float:
-    """Return the perplexity of one window, `[1, T]`, without what its first `skip` tokens predict."""
+    """Return the perplexity of one window, `[1, T]` int64, without the predictions of its first `skip` tokens."""
     model.eval()
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[0, skip:-1]
     parts = zip(hidden.split(PART), ids[0, skip + 1 :].split(PART), strict=True)
@@ -134,7 +137,7 @@ def perplexity(model: Model, ids: Tensor, skip: int) -> float:
 
 
 def prepare_memory(source: str, settings: SparseAttentionConfig, name: str, what: str, tokens: list[int]) -> Run:
-    """Return the run whose memory is measured; both models stay loaded, so that the two measurements begin alike."""
+    """Return the run whose peak memory is measured; both models are loaded, so that each measurement starts equal."""
     torch.set_num_threads(1)
     models = load(source, settings)
     run = PASSES[what](models[name], torch.tensor([tokens]))
@@ -142,7 +145,11 @@ def prepare_memory(source: str, settings: SparseAttentionConfig, name: str, what
 
 
 def measure(options: argparse.Namespace, models: dict[str, Model], book: Tensor) -> list[dict]:
-    """Run everything, printing a line each; return rows with what was measured, its unit, both values and the ratio."""
+    """Measure all passes at all lengths, and print a line for each.
+
+    Returns:
+        rows with the measured quantity, its unit, the values of both models and their ratio.
+    """
     rows: list[dict] = []
     for length in options.lengths:
         for what, make in PASSES.items():
@@ -165,7 +172,7 @@ def measure(options: argparse.Namespace, models: dict[str, Model], book: Tensor)
 
 
 def row(length: int, what: str, unit: str, values: dict[str, float]) -> dict:
-    """Make a row of one comparison, and print it; decoding also in tokens per second."""
+    """Return the row of one comparison, and print it, for decoding also in tokens per second."""
     ratio = values["dense"] / values["sparse"]
     shown = f"dense {values['dense']:9.3f} {unit}, sparse {values['sparse']:9.3f} {unit}"
     if what.startswith("decode"):
@@ -175,7 +182,7 @@ def row(length: int, what: str, unit: str, values: dict[str, float]) -> dict:
 
 
 def report(rows: list[dict]) -> str:
-    """Return the ratios as a table: a line for each measurement, a column for each length."""
+    """Return the ratios as a Markdown table, with a line for each measurement and a column for each length."""
     lengths = sorted({row["length"] for row in rows})
     found = {(row["what"], row["length"]): row["ratio"] for row in rows}
     kinds = sorted({row["what"] for row in rows}, key=[row["what"] for row in rows].index)
@@ -185,7 +192,7 @@ def report(rows: list[dict]) -> str:
 
 
 def compare_perplexity(options: argparse.Namespace, models: dict[str, Model], book: Tensor) -> dict[str, float]:
-    """Measure both models on the same window of the novel, and print the result."""
+    """Return the perplexity of both models on the same window of the novel, and print it."""
     budget = tokens_in_budget(options.settings)
     values = {name: perplexity(model, book[:, : options.context], budget) for name, model in models.items()}
     shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
@@ -194,15 +201,21 @@ def compare_perplexity(options: argparse.Namespace, models: dict[str, Model], bo
 
 
 def tokens_in_budget(settings: SparseAttentionConfig) -> int:
-    """Return how many tokens one token attends to at most."""
+    """Return the largest number of tokens to which one token attends."""
     return settings.budget_blocks * settings.block_size
 
 
 def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read the command line, and refuse what cannot work before anything is loaded."""
+    """Parse the command line, and refuse invalid values before anything is loaded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--lengths", type=int, nargs="+", default=[2048, 8192], help="in tokens (default: 2048 8192)")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[2048, 8192],
+        help="lengths of sequences in tokens (default: 2048 8192)",
+    )
     add("--context", type=int, default=8192, help="tokens of the window for perplexity (default: %(default)s)")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="measure only these (default: all)")
     add("--seconds", type=float, default=4.0, help="time for each comparison, if one round fits (default: %(default)s)")
@@ -223,33 +236,39 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"--output must be a folder to write to, got '{options.output}': {error.strerror}")
+        parser.error(f"--output must be a folder to write to, got '{options.output}': {error.strerror}; name another")
     budget = tokens_in_budget(options.settings)
     if "perplexity" in options.only and options.context < budget + 2:
-        parser.error(f"--context must exceed the sparse budget of {budget} tokens by 2, got {options.context}")
+        parser.error(
+            f"--context must exceed the sparse budget of {budget} tokens by 2, got {options.context}; raise it"
+        )
     return parser, options
 
 
 def load_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[dict[str, Model], Tensor]:
-    """Return the models and the novel; end with one line if they cannot be had or do not go with the options."""
+    """Load the models and the novel, or exit with an error of one line if this fails or does not fit the options."""
     try:
         options.source = options.model or smollm2_checkpoint()
         positions = sparse_config(AutoConfig.from_pretrained(options.source), options.settings).max_position_embeddings
         if "perplexity" in options.only and options.context > positions:
-            raise ValueError(f"--context must be at most the model's {positions} positions, got {options.context}")
+            raise ValueError(
+                f"--context must be at most the model's {positions} positions, got {options.context}; lower it"
+            )
         book = read_book(options.source)
         longest = max(*options.lengths, options.context)
         if longest > book.shape[1]:
-            raise ValueError(f"--lengths and --context must be at most the novel's {book.shape[1]}, got {longest}")
+            raise ValueError(
+                f"--lengths and --context must be at most the novel's {book.shape[1]}, got {longest}; lower it"
+            )
         if max(options.lengths) > positions:
-            print(f"beyond the model's {positions} positions times are valid, but what it predicts is not meaningful")
+            print(f"beyond the model's {positions} positions times are valid, but predictions are not meaningful")
         return load(options.source, options.settings), book
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print the tables, and write the results."""
     parser, options = parse_arguments()
     torch.set_num_threads(1)
     models, book = load_all(parser, options)

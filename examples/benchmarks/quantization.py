@@ -1,20 +1,25 @@
-"""What each way of quantizing SmolLM2-135M-Instruct saves, and what it costs: quality, loops, bytes and time.
+"""Compare ways of quantizing SmolLM2-135M-Instruct: bytes and time that they save, quality that they cost.
 
     python examples/benchmarks/quantization.py                          # everything: about an hour on one core
     python examples/benchmarks/quantization.py --only int8 nf4-double --tokens 1024
 
-The model is a WhisperLM with a budget of 416 tokens, on one CPU thread. Ways to quantize are the recipes of
-`whisper_hf.quantization` and `Int8CpuConfig`; `kept` leaves the most sensitive layers in float32; `cache` adds keys and
-values in 8 bits; `compensated` adds a LoRA adapter that starts as the best correction of its rank; `recovered` has then
-learnt on the quantized weights, for `--steps` steps, what the float32 model predicts. For all three another novel is
-read. Measured are
+The model is a WhisperLM with a budget of 416 tokens, on one CPU thread. The ways are the recipes of
+`whisper_hf.quantization` and `Int8CpuConfig`, with these additions:
 
-- bytes on disk, of the linear layers, and of keys and values (both in memory), adapters included,
-- perplexity of a novel, read in chunks of 256 tokens from the cache, and the mean KL divergence from float32, in nats,
+- `kept` leaves the most sensitive layers in float32,
+- `cache` stores keys and values in 8 bits,
+- `compensated` adds a LoRA adapter that is initialised as the best correction of its rank,
+- `recovered` then trains this adapter for `--steps` steps to predict what the float32 model predicts.
+
+Layers are chosen and adapters are made on another novel than the one for the measurements. The script measures
+
+- the bytes on disk, and the bytes in memory of the linear layers and of keys and values; adapters are included,
+- the perplexity of a novel, read in chunks of 256 tokens with the cache, and the mean KL divergence from float32, in
+  nats per token,
 - the repetition (seq-rep-4) of 16 greedy continuations of 96 tokens,
-- time of float32 over its time, in turns: a prompt of 1,024 tokens, and each token written after it (above 1: faster).
+- how many times faster than float32 the model reads a prompt of 1,024 tokens, and then decodes a token.
 
-Results of ways that are not named by `--only` are kept from earlier runs with the same settings.
+Results of ways that `--only` does not name are kept from earlier runs with the same settings.
 """
 
 import argparse
@@ -34,7 +39,7 @@ from transformers.utils import logging
 from examples.benchmarks.measuring import Run, alternate
 
 try:
-    # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
+    # peft imports bitsandbytes, which on some CPUs logs that a package for faster 4-bit products is missing
     logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -57,16 +62,26 @@ from examples.support.smollm2 import smollm2_checkpoint
 BOOKS = Path(__file__).resolve().parents[1] / "data"
 SPARSE = {"block_size": 32, "topk_blocks": 8, "local_blocks": 4, "sink_blocks": 1}
 CHUNK, PROMPT, NEW = 256, 1024, 16  # tokens
-WRITTEN, PREFIX, LENGTH = 16, 64, 96
-KEPT = {"int8": 0.06, "nf4-double": 0.045}  # share of the linear layers' weights: up to 0.30 and 0.17 of float32
-MEASURED = 512  # tokens that they are chosen on
-RANK, CALIBRATION = 12, 2048  # of adapters, and tokens that they start from
-ROW, RATE = 384, 1e-3  # recovery: tokens of a row, learning rate
+WRITTEN, PREFIX, LENGTH = 16, 64, 96  # number of continuations, tokens of their prefix, tokens that they add
+# share of the linear layers' weights that stays in float32; their bytes are then at most 0.30 and 0.17 of float32
+KEPT = {"int8": 0.06, "nf4-double": 0.045}
+MEASURED = 512  # tokens on which the layers to keep are chosen
+RANK, CALIBRATION = 12, 2048  # rank of adapters, tokens from which they are initialised
+ROW, RATE = 384, 1e-3  # tokens of a row and learning rate of the recovery
 
 
 @dataclass(frozen=True)
 class Way:
-    """How weights are held, whether the cache has 8 bits, and whether an adapter makes up for it, trained or not."""
+    """A way to quantize a model.
+
+    Args:
+        recipe: how the weights are quantized; `None` leaves them in `dtype`.
+        dtype: dtype of the weights that are not quantized.
+        kept: whether the most sensitive layers stay in float32.
+        cache: whether keys and values are stored in 8 bits.
+        compensated: whether an adapter corrects the quantization.
+        recovered: whether this adapter is trained.
+    """
 
     recipe: str | Int8CpuConfig | None = None
     dtype: torch.dtype = torch.float32
@@ -76,7 +91,7 @@ class Way:
     recovered: bool = False
 
     def new_cache(self, model: Model) -> Any:
-        """Return an empty cache."""
+        """Return an empty cache for a model."""
         return QuantizedSparseCache(model.config) if self.cache else DynamicCache(config=model.config)
 
 
@@ -100,7 +115,7 @@ WAYS = {
 
 
 def load(source: Path, way: Way) -> Any:
-    """Return the model, without its adapter."""
+    """Load the model, quantized in a way, without adapter."""
     if way.recipe is None:
         return AutoModelForCausalLM.from_pretrained(source, dtype=way.dtype).eval()
     config: Any = way.recipe
@@ -112,8 +127,9 @@ def load(source: Path, way: Way) -> Any:
 
 
 def choose_layers(source: Path, way: Way, config: Any) -> None:
-    """Let a config keep the layers that lose most; measured once."""
-    path, model = source.parent / f"divergences-{way.recipe}.json", load(source, Way())
+    """Change a config such that it leaves the most sensitive layers in float32; they are measured only once."""
+    path = source.parent / f"divergences-{way.recipe}.json"
+    model = load(source, Way())
     if not path.exists():
         ids = read_book(source, "sense_and_sensibility")[None, :MEASURED]
         path.write_text(json.dumps(layer_divergences(model, config, ids)))
@@ -121,30 +137,32 @@ def choose_layers(source: Path, way: Way, config: Any) -> None:
 
 
 def read_book(source: Path, name: str) -> Tensor:
-    """Return the token ids of a novel, `[tokens]` int64; the file has one paragraph a line."""
+    """Return the token ids of a novel, `[tokens]` int64, whose file has one paragraph per line."""
     lines = (BOOKS / f"{name}.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     tokenized = AutoTokenizer.from_pretrained(source)(lines, add_special_tokens=False).input_ids
     return torch.tensor([token for ids in tokenized for token in ids])
 
 
 def bytes_on_disk(model: Any) -> int:
-    """Return the size of the weights of a saved checkpoint or adapter."""
+    """Return the bytes of the saved weights of a model or adapter."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 def linear_bytes(model: Model) -> int:
-    """Return the bytes of the layers between embedding and head, with all that is needed to use them."""
+    """Return the bytes of all linear layers but the head, with their scales, code books and biases."""
     layers = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear | Int8Linear)]
     return sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
 
 
 @torch.no_grad()
 def measure_quality(model: Model, reference: Model, way: Way, ids: Tensor) -> dict[str, float]:
-    """Return perplexity and divergence on `ids`, `[T]`, and the bytes of keys and values."""
-    own, exact = way.new_cache(model), DynamicCache(config=reference.config)
-    losses, divergences = [], []
+    """Return perplexity and KL divergence (nats per token) on `ids`, `[T]` int64, and the cache's bytes per token."""
+    own = way.new_cache(model)
+    exact = DynamicCache(config=reference.config)
+    losses = []
+    divergences = []
     for part, targets in zip(ids[:-1].split(CHUNK), ids[1:].split(CHUNK), strict=True):
         logits = model(part[None], cache=own).logits[0].float()
         wanted = reference(part[None], cache=exact).logits[0].log_softmax(-1)
@@ -161,7 +179,7 @@ def measure_quality(model: Model, reference: Model, way: Way, ids: Tensor) -> di
 
 
 def repetition(model: Any, way: Way, ids: Tensor) -> float:
-    """Return the seq-rep-4 of greedy continuations."""
+    """Return the repetition (seq-rep-4, in [0, 1]) of greedy continuations of parts of `ids`, `[T]` int64."""
     prompts = ids[torch.arange(WRITTEN)[:, None] * (len(ids) // WRITTEN) + torch.arange(PREFIX)]
     settings = {"pad_token_id": 0, "eos_token_id": None}
     if way.cache:
@@ -171,12 +189,12 @@ def repetition(model: Any, way: Way, ids: Tensor) -> float:
 
 
 def prefill(model: Model, way: Way, ids: Tensor) -> Run:
-    """Return the run that reads a prompt."""
+    """Return a function that reads a prompt, the first tokens of `ids`."""
     return torch.no_grad()(lambda: model(ids[None, :PROMPT], cache=way.new_cache(model), logits_to_keep=1))
 
 
 def decode(model: Model, way: Way, ids: Tensor) -> Run:
-    """Return the run that reads tokens one by one after a prompt, which it does not read again."""
+    """Return a function that reads NEW single tokens after a prompt, which is read only once."""
     cache = way.new_cache(model)
     with torch.no_grad():
         model(ids[None, :PROMPT], cache=cache, logits_to_keep=1)
@@ -191,7 +209,7 @@ def decode(model: Model, way: Way, ids: Tensor) -> Run:
 
 
 def measure_speed(model: Model, reference: Model, way: Way, ids: Tensor, seconds: float) -> dict[str, float]:
-    """Return time of float32 over time, measured in turns, for some seconds each."""
+    """Return how many times faster than the float32 reference the model is, for prefill and decoding."""
     speeds = {}
     for name, what in (("prefill", prefill), ("decode", decode)):
         times = alternate({"own": what(model, way, ids), "float32": what(reference, Way(), ids)}, seconds)
@@ -200,7 +218,7 @@ def measure_speed(model: Model, reference: Model, way: Way, ids: Tensor, seconds
 
 
 def adapt(model: Model, teacher: Model, way: Way, ids: Tensor, options: argparse.Namespace) -> PeftModel:
-    """Return the model with an adapter that makes up for quantization, loaded if it was trained before."""
+    """Return the model with an adapter that corrects quantization; a trained adapter is saved and loaded later."""
     adapter = options.output / f"adapter-{options.steps}"
     if way.recovered and adapter.exists():
         return PeftModel.from_pretrained(model, adapter, is_trainable=False)
@@ -214,7 +232,7 @@ def adapt(model: Model, teacher: Model, way: Way, ids: Tensor, options: argparse
 
 
 def recover(student: PeftModel, teacher: Model, ids: Tensor, steps: int, folder: Path) -> None:
-    """Train an adapter on quantized weights to predict what the teacher does."""
+    """Train the adapter of a quantized model by distillation from the float32 model."""
     rows = ids[: len(ids) // ROW * ROW].view(-1, ROW).tolist()
     data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
     schedule = {"max_steps": steps, "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": steps // 10}
@@ -227,11 +245,13 @@ def recover(student: PeftModel, teacher: Model, ids: Tensor, steps: int, folder:
 
 
 def run(name: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one way to quantize."""
-    way, reference = WAYS[name], load(source, Way())
+    """Measure one way to quantize, and return a row of results."""
+    way = WAYS[name]
+    reference = load(source, Way())
     book = read_book(source, "northanger_abbey")
     model = load(source, way)
-    disk_bytes, base = bytes_on_disk(model), model
+    base = model
+    disk_bytes = bytes_on_disk(base)
     if way.compensated:
         model = adapt(model, reference, way, read_book(source, "sense_and_sensibility"), options)
         disk_bytes += bytes_on_disk(model)
@@ -244,7 +264,7 @@ def run(name: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Return the table; sizes as ratios to float32."""
+    """Return the results as a Markdown table, with sizes as shares of float32's bytes."""
     base = next(row for row in rows if row["way"] == "float32")
     table = []
     for row in sorted(rows, key=lambda row: list(WAYS).index(row["way"])):
@@ -258,7 +278,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw perplexity against bytes on disk."""
+    """Plot perplexity against bytes on disk."""
     axis = Figure(figsize=(7, 4), layout="constrained").subplots()
     for row in rows:
         axis.plot(row["disk_bytes"] / 1e6, row["perplexity"], "o", label=row["way"])
@@ -269,47 +289,62 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--tokens", type=int, default=4096, help="of the novel that quality is measured on (default: %(default)s)")
-    add("--steps", type=int, default=200, help="of recovery (default: %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        default=4096,
+        help="tokens of the novel on which quality is measured (default: %(default)s)",
+    )
+    add("--steps", type=int, default=200, help="training steps of the recovery (default: %(default)s)")
     add("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
     add("--model", help="another dense checkpoint: Hub id or folder (default: SmolLM2-135M-Instruct)")
     add("--seconds", type=float, default=20.0, help="time for each comparison (default: %(default)s)")
-    add("--output", type=Path, default=Path("runs/quantization"), help="folder, of one model (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/quantization"),
+        help="folder for the results of one model (default: %(default)s)",
+    )
     options = parser.parse_args()
     if options.tokens <= PROMPT + NEW or options.steps < 10:
-        parser.error(f"--tokens must exceed {PROMPT + NEW}, --steps be 10 or more, got {vars(options)}")
+        parser.error(
+            f"--tokens must exceed {PROMPT + NEW}, and --steps must be at least 10, got {vars(options)}; raise them"
+        )
     return options
 
 
 def main() -> None:
-    """Run what has not been run, print and write."""
+    """Run the ways without results, print the table, and write the results."""
     options = parse_arguments()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a rounding on every call
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every call that inputs are cast to float16
     datasets.disable_progress_bars()
     options.output.mkdir(parents=True, exist_ok=True)
-    source, path = options.output / "model", options.output / "quantization.json"
+    source = options.output / "model"
+    path = options.output / "quantization.json"
     made = {"tokens": options.tokens, "steps": options.steps, "torch": torch.__version__}
     made |= {"model": options.model} if options.model else {}
     found = json.loads(path.read_text()) if path.exists() else {}
     results = found if found.get("settings") == made else {"settings": made, "rows": []}
     if not source.exists():
         dense = options.model or smollm2_checkpoint()
-        tokenizer, model = AutoTokenizer.from_pretrained(dense), from_dense(dense, sparse_attention=SPARSE)
-        path.write_text(json.dumps(results, indent=1) + "\n")  # whose model this is
+        tokenizer = AutoTokenizer.from_pretrained(dense)
+        model = from_dense(dense, sparse_attention=SPARSE)
+        path.write_text(json.dumps(results, indent=1) + "\n")  # records which model the folder holds
         tokenizer.save_pretrained(source)
         model.save_pretrained(source)
     elif (held := found.get("settings", {}).get("model")) != options.model:
         name = "SmolLM2-135M-Instruct"
         raise SystemExit(
-            f"--output must be a folder of --model {options.model or name}, got one of {held or name}: {options.output}"
+            f"--output must be a folder of --model {options.model or name}, got one of {held or name}: "
+            f"{options.output}; name another folder"
         )
-    for name in dict.fromkeys(["float32", *options.only]):  # which the others are compared with
+    for name in dict.fromkeys(["float32", *options.only]):  # float32: the baseline of all other ways
         if name not in {row["way"] for row in results["rows"]}:
             results["rows"].append(run(name, source, options))
             path.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,26 +1,32 @@
-"""Which blocks are worth attending to: ways to choose them, side by side on a dense model as it is.
+"""Compare ways to choose the blocks of sparse attention, side by side on a dense model without further training.
 
     python examples/benchmarks/selection.py           # about two hours on one core
     python examples/benchmarks/selection.py --budget 1600 --only dense "local, 64" "oracle, 64" default
     python examples/benchmarks/selection.py --model MODEL --text FILE FILE   # any dense Llama, any texts
 
-Every way attends to the same number of tokens: a sink of 32, a quarter of them local, the rest chosen. Between the two
-ends, `local` (nothing is chosen) and `oracle` (the blocks that hold most of the true attention, unknown before it is
-computed), stand scores from summaries of blocks, named with their block size:
+All ways but `dense` attend to the same number of tokens: a sink of 32, a quarter of the budget as local blocks, and
+chosen blocks for the rest. `local` is the lower bound: all blocks but the sink are local. `oracle` is the upper bound:
+it chooses the blocks with the most true attention, which only dense attention can compute. Other ways choose by a score
+`s(b)` from a summary of block `b`, whose keys have the mean `m_b` and the variance `v_b`; `q_h` is the scaled query of
+head `h` in a group. The number in the name of a way is the block size.
 
-- `summed`: the sum of the group's queries times the mean key,
-- `heads`: each head's query times the mean key, relative to its largest product; the largest over the heads. This is
-  what `masked_sparse` does,
-- `second`: the same with the second-order estimate of the block's log-sum-exp, which adds a quarter of the squared
-  query times the variance of the keys (an estimate that is halved, as in full it overshoots),
-- `probabilities`: as `second`, but probabilities are summed over the heads.
+- `summed`:        `s(b) = (sum_h q_h) . m_b`
+- `heads`:         `s(b) = max_h (e_h(b) - max_b' e_h(b'))` with `e_h(b) = q_h . m_b`, which `masked_sparse` computes
+- `second`:        `heads` with `e_h(b) = q_h . m_b + q_h^2 . v_b / 4`; the second-order estimate of the block's
+                   log-sum-exp has 1/2 in place of 1/4, and overestimates
+- `probabilities`: `s(b) = sum_h softmax_b(e_h(b))`, with `e_h` as in `second`
 
-`default` is `heads` with the default settings, whatever the budget of the others (they are alike at 1,600).
+`default` is `heads` with the default settings, which have a budget of 1,600 tokens; `--budget` does not change it.
 
-Measured are perplexity by position (1,024 tokens each) on a novel and on program text, with the share of the way from
-local to the oracle of 64 that a score goes; the recall of true attention; pass keys and facts found again in both
-texts; and the share of selection in the time of sparse attention, with the bytes of a block's summary. Attention is
-computed densely and masked here: what is measured is the choice, not speed, but for the last.
+The script measures
+
+- the perplexity of each 1,024 tokens of a novel and of source code, and the share that a way closes of the gap between
+  `local, 64` and `oracle, 64`,
+- the recall: the share of the true attention in the blocks that are attended,
+- the share of digits of hidden pass keys and facts that the model finds again in both texts,
+- the share of selection in the time of sparse attention, and the bytes of a block's summary.
+
+All but the last compute attention densely with a mask, as they compare choices and not speed.
 """
 
 import argparse
@@ -49,19 +55,27 @@ from whisper_hf.model.blockwise_plan import plan_rows
 from whisper_hf.model.blockwise_selection import choose_blocks
 from whisper_hf.model.sparse_selection import block_scores, top_blocks
 
-SEGMENT, ROWS = 1024, 256  # tokens: reported together; attended from at once
+SEGMENT = 1024  # tokens whose perplexity is reported together
+ROWS = 256  # queries that are computed at once
 SINK = 32  # tokens
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-LOCAL, REACHED = "local, 64", "oracle, 64"
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where in a text facts are hidden, in [0, 1]
+LOCAL, REACHED = "local, 64", "oracle, 64"  # the ends of the gap that a score may close
 SCORES, SIZES = ("summed", "heads", "second"), (64, 32, 16)
 WAYS = ("dense", LOCAL, REACHED, *(f"{score}, {size}" for score in SCORES for size in SIZES))
 WAYS += ("probabilities, 32", "oracle, 32", "oracle, 16", "default")
-LENGTH_OF_COST = 32768
+LENGTH_OF_COST = 32768  # tokens of the measurement of cost
 
 
 @dataclass
 class Lab:
-    """How the registered attention chooses blocks, and what it has seen: of `seen` rows, the recall."""
+    """The state of the registered attention: how it chooses blocks, and the recall that it has measured.
+
+    Args:
+        score: the name of the score, or "dense", "local" or "oracle".
+        settings: block size and budget.
+        recalled: sum of the mean recall of the measured groups of queries.
+        seen: number of these groups.
+    """
 
     score: str = "dense"
     settings: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
@@ -73,17 +87,29 @@ LAB = Lab()
 
 
 def settings_for(way: str, budget: int) -> SparseAttentionConfig:
-    """Return how a budget of tokens is shared out."""
+    """Return the settings of a way: how its budget of tokens is divided among sink, local and chosen blocks."""
     if way == "default":
         return SparseAttentionConfig()
-    score, size = way.split(", ")[0], int(way.split(", ")[-1]) if ", " in way else 64
+    score, _, block_size = way.partition(", ")
+    size = int(block_size or 64)
     sink = max(SINK // size, 1)
     local = budget // size - sink if score in ("dense", "local") else max(budget // 4 // size, 1)
     return SparseAttentionConfig(size, budget // size - sink - local, local, sink)
 
 
 def score_blocks(score: str, query: Tensor, key: Tensor, past: Tensor, size: int) -> Tensor:
-    """Return scores `[K, T, N]` of blocks from queries `[K, G, T, D]`, scaled, and keys `[K, N * size, D]`."""
+    """Score the blocks of each group for each query.
+
+    Args:
+        score: the name of the score, see the docstring of this file.
+        query: `[K, G, T, D]`, scaled, for `K` key heads and `G` query heads per group.
+        key: `[K, N * size, D]`, the keys of `N` blocks.
+        past: `[T, N]`, bool, the blocks before the query's.
+        size: tokens of a block.
+
+    Returns:
+        scores `[K, T, N]`.
+    """
     blocks = key.unflatten(1, (-1, size))
     means = blocks.mean(2)[:, None].transpose(2, 3)  # [K, 1, D, N]
     if score == "summed":
@@ -99,7 +125,17 @@ def score_blocks(score: str, query: Tensor, key: Tensor, past: Tensor, size: int
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any
 ) -> tuple[Tensor, None]:
-    """Attend as the lab says: `[1, H, T, D]`, `[1, K, T, D]`; one text, no cache."""
+    """Compute attention with the choice of blocks that `LAB` holds, for one text without cache.
+
+    Args:
+        module: the attention layer, which is not used.
+        query: `[1, H, T, D]`.
+        key, value: `[1, K, T, D]`.
+        scaling: factor of the products of queries and keys.
+
+    Returns:
+        outputs `[1, T, H, D]`, and no weights.
+    """
     if LAB.score == "dense":
         output = sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
@@ -109,15 +145,28 @@ def attend(
 
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
-    """Attend from queries `[K, G, T, D]` that begin at `start`; note the recall of those in the second half."""
-    settings, size = LAB.settings, LAB.settings.block_size
-    position = torch.arange(start, start + query.shape[2])
-    length, end = key.shape[1], -(-(start + query.shape[2]) // size) * size
+    """Compute attention for some queries, and add their recall to `LAB` if they are in the second half of the text.
+
+    Args:
+        query: `[K, G, T, D]`, scaled, of the tokens from `start` on.
+        key, value: `[K, S, D]`, of the whole text.
+        start: position of the first query.
+
+    Returns:
+        outputs `[K, G, T, D]`.
+    """
+    settings = LAB.settings
+    size = settings.block_size
+    stop = start + query.shape[2]
+    position = torch.arange(start, stop)
+    length = key.shape[1]
+    end = math.ceil(stop / size) * size  # of the last query's block
     key, value = (pad(states[:, :end], (0, 0, 0, max(end - length, 0))) for states in (key, value))
     causal = torch.arange(end) <= position[:, None]
     logits = (query @ key[:, None].transpose(2, 3)).masked_fill_(~causal, float("-inf"))
     true = logits.softmax(-1)
-    block, current = torch.arange(end // size), position[:, None] // size
+    block = torch.arange(end // size)
+    current = position[:, None] // size
     past = block < current
     fixed = (block < settings.sink_blocks) | (block > current - settings.local_blocks)
     if LAB.score == "oracle":
@@ -138,13 +187,15 @@ AttentionMaskInterface.register("selection_lab", lambda *_, **__: None)
 
 
 def use(way: str, budget: int) -> None:
-    """Let the attention choose blocks in another way, and forget what it has seen."""
-    score = "heads" if way == "default" else way.split(", ")[0]
-    LAB.score, LAB.settings, LAB.recalled, LAB.seen = score, settings_for(way, budget), 0.0, 0
+    """Make the attention choose blocks in a way, and reset its recall."""
+    LAB.score = "heads" if way == "default" else way.split(", ")[0]
+    LAB.settings = settings_for(way, budget)
+    LAB.recalled = 0.0
+    LAB.seen = 0
 
 
 def measure_perplexity(model: Any, ids: Tensor) -> dict[str, Any]:
-    """Return perplexity of every 1,024 tokens and of the second half, and the recall of attention."""
+    """Return the perplexity of each 1,024 tokens of `ids`, `[T]` int64, and of its second half, and the recall."""
     found = losses(model, ids)
     return {
         "by_position": [part.mean().exp().item() for part in found.split(SEGMENT)],
@@ -154,7 +205,7 @@ def measure_perplexity(model: Any, ids: Tensor) -> dict[str, Any]:
 
 
 def measure_retrieval(model: Any, tokenizer: Any, texts: Iterable[Tensor]) -> dict[str, float]:
-    """Return the share of digits found in texts: of one pass key at each depth, and of five facts at once."""
+    """Return the share of hidden digits that the model finds, in [0, 1]: of single pass keys, and of five at once."""
     proses = [ids[:-ROOM] for ids in texts]
     alone = [hide(tokenizer, prose, facts((depth,), len(prose))) for prose in proses for depth in DEPTHS]
     together = [hide(tokenizer, prose, facts(DEPTHS, len(prose))) for prose in proses]
@@ -163,7 +214,15 @@ def measure_retrieval(model: Any, tokenizer: Any, texts: Iterable[Tensor]) -> di
 
 
 def measure_cost(budget: int, size: int, heads: int, kv_heads: int, width: int) -> dict[str, float]:
-    """Return the share of selection in the time of attention as `masked_sparse` computes it, and bytes of summaries."""
+    """Return the share of selection in the time of `masked_sparse` attention, in [0, 1], and bytes of a summary.
+
+    Args:
+        budget: tokens to attend to.
+        size: tokens of a block.
+        heads: number of query heads.
+        kv_heads: number of key heads.
+        width: head dimension.
+    """
     settings = settings_for(f"heads, {size}", budget)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, heads, LENGTH_OF_COST, width, generator=generator)
@@ -183,7 +242,7 @@ def measure_cost(budget: int, size: int, heads: int, kv_heads: int, width: int) 
 
 
 def report(results: dict[str, Any]) -> str:
-    """Return the tables."""
+    """Return the results as Markdown tables."""
     parts = []
     for text, ways in results["perplexity"].items():
         ends = [ways.get(way, {}).get("second_half", math.nan) for way in (LOCAL, REACHED)]
@@ -203,24 +262,27 @@ def report(results: dict[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", help="folder or Hub id of a dense Llama (default: SmolLM2-135M-Instruct)")
-    add("--text", type=Path, nargs="+", default=[], help="files (default: a novel and program text)")
+    add("--text", type=Path, nargs="+", default=[], help="text files (default: a novel and source code)")
     add("--length", type=int, default=8192, help="tokens of a text (default: %(default)s)")
     add("--budget", type=int, default=512, help="tokens to attend to (default: %(default)s)")
     add("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
-    add("--skip", nargs="+", choices=("perplexity", "retrieval", "cost"), default=[], help="what not to measure")
+    add("--skip", nargs="+", choices=("perplexity", "retrieval", "cost"), default=[], help="measurements to leave out")
     add("--output", type=Path, default=Path("runs/selection.json"), help="file (default: %(default)s)")
     options = parser.parse_args()
     if options.budget % 64 or options.budget < 256 or options.length < 4 * options.budget:
-        parser.error("--budget must be a multiple of 64 from 256 on, and --length at least four times as long")
+        parser.error(
+            f"--budget must be a multiple of 64 and at least 256, and --length at least 4 times as long, got "
+            f"{options.budget} and {options.length}; the defaults are 512 and 8192"
+        )
     return options
 
 
 def main() -> None:
-    """Measure, print and write; what the file holds for the same settings is kept."""
+    """Measure, print the tables, and write the results; earlier results with the same settings are kept."""
     options = parse_arguments()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -237,6 +299,7 @@ def main() -> None:
         results = found if found["settings"] == made else results
 
     def note(table: dict[str, Any], row: str, measure: Callable[[], Any]) -> None:
+        """Measure a row that a table does not have, and write all results."""
         if row not in table:
             table[row] = measure()
             print(row, table[row], flush=True)

@@ -1,1 +1,1 @@
-"""Recipes that make the published models."""
+"""The scripts that make, measure and describe the published models."""

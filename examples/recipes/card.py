@@ -1,9 +1,10 @@
-"""Writes the card of what a recipe made, from its results files, with the checksums of all weights.
+"""Write the model card of a model that a recipe made, from its results files, with the checksums of all weights.
 
-    python examples/recipes/card.py runs/whisper-lm-135m model_cards/whisper-lm-135m
+    python examples/recipes/card.py runs/whisper-lm-135m model_cards/whisper-lm-135m         # some seconds
 
-The target gets the results files, the config, `SHA256SUMS` and `README.md`. With `--repo-id YOU/NAME` the card can be
-pushed beside the weights.
+The first argument is the output of a recipe, which `measure.py` and `translation.py` have measured. The target folder
+gets the results files, the config, `SHA256SUMS` and `README.md`. With `--repo-id YOU/NAME` the card can be pushed
+beside the weights.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from examples.recipes.recipe import RECIPES, TEACHER
 from whisper_hf import model_card
 
-TASKS = ("perplexity", "retrieval", "repetition", "translation", "size", "speed")  # tables, in this order
+TASKS = ("perplexity", "retrieval", "repetition", "translation", "size", "speed")  # in the order of their tables
 CONFIG, SUMS = "config.json", "SHA256SUMS"
 SCRIPTS = {"whisper-lm-135m": "whisper_lm_135m.py", "whisper-lm-mini": "whisper_lm_mini.py --baselines"}
 WORKS = (
@@ -44,9 +45,9 @@ LIMITS = {
 
 
 def write_card(folder: Path, name: str, teacher: str = TEACHER, repo_id: str | None = None) -> ModelCard:
-    """Return the card of a folder that holds a config and results files."""
+    """Make the card of a model from a folder with its config and results files."""
     config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):  # a card needs no weights
+    with torch.device("meta"):  # on the meta device, as a card needs no weights
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     commands = [f"python examples/recipes/{SCRIPTS.get(name, 'RECIPE')}"]
     commands += [f"python examples/recipes/{script}.py runs/{name}" for script in ("measure", "translation")]
@@ -56,20 +57,20 @@ def write_card(folder: Path, name: str, teacher: str = TEACHER, repo_id: str | N
 
 
 def checksums(made: Path) -> str:
-    """Return a line for each file of weights, as `sha256sum` writes it."""
+    """Return the checksums of all files of weights of a model and its quantized forms, as `sha256sum` writes them."""
     folders = ["model", *(f"model-{form}{part}" for form in RECIPES for part in ("", "-adapter"))]
     known = [(folder, (made / folder / SUMS).read_text(encoding="utf-8").splitlines()) for folder in folders]
     return "".join(f"{line.replace('  ', f'  {folder}/')}\n" for folder, lines in known for line in lines)
 
 
 def main() -> None:
-    """Write the card and what belongs to it."""
+    """Run the command line: write the card, and copy the files that belong to it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("made", type=Path, help="what a recipe made")
-    parser.add_argument("target", type=Path, help="folder of the card")
+    parser.add_argument("made", type=Path, help="output folder of a recipe")
+    parser.add_argument("target", type=Path, help="folder to write the card to")
     parser.add_argument("--results", type=Path, help="folder of results files (default: results, beside the models)")
-    parser.add_argument("--teacher", default=TEACHER, help="Hub id (default: %(default)s)")
-    parser.add_argument("--repo-id", help="where the model will be found")
+    parser.add_argument("--teacher", default=TEACHER, help="Hub id of the teacher (default: %(default)s)")
+    parser.add_argument("--repo-id", help="Hub id under which the model will be published")
     options = parser.parse_args()
     options.target.mkdir(parents=True, exist_ok=True)
     results = options.results or options.made / "results"

@@ -1,18 +1,18 @@
-"""Measures what a recipe made beside its teacher, and writes results files and the model card.
+"""Measure the models that a recipe made, together with their teacher, and write results files for a model card.
 
-    python examples/recipes/measure.py runs/whisper-lm-135m
+    pip install -e ".[examples,metrics]"
+    python examples/recipes/measure.py runs/whisper-lm-135m                    # the output of a recipe
 
-Each task has a results file, and every model a column: the dense teacher, the model, its forms in int8 and nf4 with
-their adapters, the same without, and what was trained without a teacher, as far as they are there.
+Each task has a results file, and each model a column: the dense teacher; the model; its int8 and nf4 forms, with and
+without their adapters; and the models that were trained without a teacher, if there are any.
 
-- perplexity: of held-out works (a novel and program text, or `--works`), their beginnings of 1k to 8k tokens,
-- retrieval: a pass key hidden at five depths of 2k to 8k tokens of the works, which take turns, and five names with
-  their numbers, all asked for,
-- repetition: of greedy and nucleus-sampled continuations of a novel, next to the author's own,
-- size: bytes of weights on disk and of the linear layers, in the dtype of the files,
-- speed: time of the dense teacher over a model's, measured in turns on one thread, for a prompt and for new tokens.
+- perplexity: of the first 1k to 8k tokens of held-out works (a novel and source code, or `--works`),
+- retrieval: a pass key hidden at five depths of 2k to 8k tokens of the works, and five people's pass keys at once,
+- repetition: of greedy and nucleus-sampled continuations of a novel, and of the author's own continuation,
+- size: bytes of the weights on disk and in the linear layers, in the dtype of the files,
+- speed: how many times faster than the dense teacher a model is, for a prompt and for new tokens, on one CPU thread.
 
-What has been measured is kept; `--tasks` names what shall be measured, all by default.
+Earlier results are kept. `--tasks` names the tasks to measure, all by default. `card.py` writes the card.
 """
 
 import argparse
@@ -40,34 +40,42 @@ from whisper_hf.training.generation import continue_prompts
 DENSE = "dense teacher"
 PEOPLE = "human text"
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# folder of a model that was trained without a teacher -> its name in the tables
 ALONE = {"random-without-teacher": "no teacher, random start", "cut-without-teacher": "no teacher, cut start"}
-PREFIX, NEW = 32, 96  # tokens of a continued text, and of its continuation
-DECODED = 32  # tokens whose time is measured
+PREFIX, NEW = 32, 96  # tokens of a prompt, and of its continuation
+DECODED = 32  # new tokens whose time is measured
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: a folder, and an adapter on it."""
+    """A model to measure.
+
+    Args:
+        name: name of the column in the tables.
+        folder: folder or Hub id of the model.
+        adapter: folder of an adapter on it, if any.
+    """
 
     name: str
     folder: str | Path
     adapter: Path | None = None
 
     def load(self, dtype: torch.dtype) -> Any:
-        """Return the model."""
+        """Load the model, with its adapter, to compute in a dtype."""
         model = load_in(dtype, self.folder)
         return (model if self.adapter is None else PeftModel.from_pretrained(model, self.adapter)).eval()
 
     @property
     def files(self) -> list[Path]:
-        """All files of weights."""
+        """The files with the weights of the model and its adapter."""
         folders = [Path(self.folder), *([self.adapter] if self.adapter else [])]
         return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
 
 
 def subjects(output: Path, teacher: str) -> list[Subject]:
-    """Return the teacher and what a recipe has made, in the order of a card's columns."""
-    name, found = output.name, [Subject(DENSE, teacher), Subject(output.name, output / "model")]
+    """Return the teacher and the models that a recipe has made, in the order of a card's columns."""
+    name = output.name
+    found = [Subject(DENSE, teacher), Subject(name, output / "model")]
     for form in RECIPES:
         base = output / f"model-{form}"
         found += [
@@ -78,12 +86,15 @@ def subjects(output: Path, teacher: str) -> list[Subject]:
     return [subject for subject in found if subject.name == DENSE or Path(subject.folder).is_dir()]
 
 
-# --- tasks: each yields the records of one model ---
-
-
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on."""
+    """The data and options of a measurement.
+
+    Args:
+        tokenizer: the models' tokenizer.
+        works: token ids of held-out works by name, each `[T]` int64.
+        options: the command line's.
+    """
 
     tokenizer: Any
     works: dict[str, Tensor]
@@ -91,7 +102,7 @@ class Setting:
 
 
 def perplexity(name: str, model: Any, to: Setting) -> Iterator[Record]:
-    """Read windows of works once; a shorter text is the beginning of a longer one."""
+    """Yield the perplexity of works at each length; one pass over the longest windows serves all lengths."""
     longest = max(to.options.lengths)
     for work, ids in to.works.items():
         windows = min(to.options.windows, len(ids) // longest)
@@ -103,7 +114,7 @@ def perplexity(name: str, model: Any, to: Setting) -> Iterator[Record]:
 
 
 def retrieval(name: str, model: Any, to: Setting) -> Iterator[Record]:
-    """Hide facts in works, which take turns, and ask for them."""
+    """Yield the shares of hidden digits and keys that the model finds in the works, which alternate."""
     works = ", ".join(to.works)
     lengths = [length for length in to.options.lengths if length > min(to.options.lengths)]
     for number, length in enumerate(lengths):
@@ -124,7 +135,7 @@ def retrieval(name: str, model: Any, to: Setting) -> Iterator[Record]:
 
 
 def repetition(name: str, model: Any, to: Setting) -> Iterator[Record]:
-    """Let the model continue a work, or (without one) take what its author wrote."""
+    """Yield the repetition in a model's continuations of a work, or (model `None`) in the author's text."""
     work, ids = next(iter(to.works.items()))
     places = torch.arange(to.options.prompts) * (len(ids) // to.options.prompts)
     texts = ids[places[:, None] + torch.arange(PREFIX + NEW)]
@@ -148,7 +159,7 @@ def repetition(name: str, model: Any, to: Setting) -> Iterator[Record]:
 
 
 def size(name: str, model: Any, to: Setting, files: list[Path]) -> Iterator[Record]:
-    """Count bytes."""
+    """Yield the bytes of the weights on disk, and of the linear layers in memory, in MB."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     linear = [module for module in base.get_decoder().layers.modules() if isinstance(module, nn.Linear)]
     held = sum(tensor.nbytes for layer in linear for tensor in layer.state_dict().values() if torch.is_tensor(tensor))
@@ -157,11 +168,12 @@ def size(name: str, model: Any, to: Setting, files: list[Path]) -> Iterator[Reco
 
 
 def speed(models: dict[str, Any], to: Setting) -> Iterator[Record]:
-    """Time all models in turns, on the same tokens, after reading once what is shorter."""
+    """Yield how many times faster than the dense teacher each model is; all read the same tokens, after a warm-up."""
     ids = next(iter(to.works.values()))[None]
-    shortest, longest = min(to.options.lengths) * 2, max(to.options.lengths)
+    shortest = min(to.options.lengths) * 2
+    longest = max(to.options.lengths)
     for model in models.values():
-        read_and_go_on(model, ids[:, :shortest].to(model.device))  # warms up
+        read_and_go_on(model, ids[:, :shortest].to(model.device))  # a warm-up
     for length in dict.fromkeys((shortest, longest)):
         seconds = {name: read_and_go_on(model, ids[:, :length].to(model.device)) for name, model in models.items()}
         for metric, where in (("prompt", {"tokens": length}), ("new tokens", {"tokens before": length})):
@@ -172,11 +184,12 @@ def speed(models: dict[str, Any], to: Setting) -> Iterator[Record]:
 
 @torch.no_grad()
 def read_and_go_on(model: Any, ids: Tensor) -> dict[str, float]:
-    """Return the seconds that a prompt takes, `[1, T]`, and those of its last tokens once more, one by one."""
-    cache, start = DynamicCache(config=model.config), now()
+    """Return the seconds for reading a prompt, `[1, T]` int64, and for reading its last DECODED tokens one by one."""
+    cache = DynamicCache(config=model.config)
+    start = now()
     model(ids, cache=cache, logits_to_keep=1)
     read = now() - start
-    cache.crop(-DECODED)  # a model may be made for no more tokens
+    cache.crop(-DECODED)  # the last tokens are read again, as the model may not support longer sequences
     start = now()
     for token in ids[0, -DECODED:]:
         model(token.view(1, 1), cache=cache)
@@ -184,14 +197,12 @@ def read_and_go_on(model: Any, ids: Tensor) -> dict[str, float]:
 
 
 def now() -> float:
-    """Return process time, or on a GPU the time at which it has nothing left to do."""
+    """Return the process time in seconds; on a GPU the wall time after all its work is done."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
 
-
-# --- files ---
 
 TASKS: dict[str, Callable[..., Iterator[Record]]] = {
     "perplexity": perplexity,
@@ -200,11 +211,11 @@ TASKS: dict[str, Callable[..., Iterator[Record]]] = {
     "size": size,
     "speed": speed,
 }
-FULL = ("perplexity", "repetition")  # tasks that also measure what is there for comparison alone
+FULL = ("perplexity", "repetition")  # tasks that also measure the models that only serve for comparison
 
 
 def measure(task: str, subject: Subject, to: Setting) -> list[Record]:
-    """Measure one model."""
+    """Return the records of one task (other than speed) for one model."""
     if task == "size":
         saved = AutoConfig.from_pretrained(subject.folder).dtype or torch.float32
         return list(size(subject.name, subject.load(saved), to, subject.files))
@@ -212,7 +223,7 @@ def measure(task: str, subject: Subject, to: Setting) -> list[Record]:
 
 
 def run(task: str, of: list[Subject], to: Setting) -> None:
-    """Measure what has not been measured, and write it after each model."""
+    """Measure the models without results in one task, and write the results after each model."""
     path = to.options.output / f"{task}.json"
     records = list(load_results(path).records) if path.exists() else []
     known = {record.model for record in records}
@@ -224,7 +235,9 @@ def run(task: str, of: list[Subject], to: Setting) -> None:
             models = {subject.name: subject.load(to.options.dtype) for subject in of}
             keep(path, list(speed(models, to)), to.options)
         return
-    column = {subject.name: number for number, subject in enumerate(of)}  # also where several runs fill the file
+    column = {
+        subject.name: number for number, subject in enumerate(of)
+    }  # keeps the order of columns, also if several runs fill the file
     for subject in missing:
         found = measure(task, subject, to)
         print(*(f"{r.model}: {r.metric} {r.value:.4g} {r.settings}" for r in found), sep="\n", flush=True)
@@ -235,7 +248,7 @@ def run(task: str, of: list[Subject], to: Setting) -> None:
 
 
 def keep(path: Path, records: list[Record], options: argparse.Namespace) -> None:
-    """Write a results file, with perplexities relative to the teacher's."""
+    """Write a results file, with the ratios of perplexities to the teacher's added."""
     dense = {record.what[2:]: record.value for record in records if record.model == DENSE}
     ratios = [
         dataclasses.replace(record, metric="over the teacher's", value=record.value / dense[record.what[2:]])
@@ -247,7 +260,7 @@ def keep(path: Path, records: list[Record], options: argparse.Namespace) -> None
 
 
 def device(dtype: torch.dtype) -> str:
-    """Describe what is measured on."""
+    """Describe the device and the dtype of a measurement."""
     threads = torch.get_num_threads()
     cpu = f"a CPU, {threads} thread{'s'[: threads > 1]}"
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
@@ -255,23 +268,34 @@ def device(dtype: torch.dtype) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line, and build the command that the results files name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("made", type=Path, help="what a recipe made")
-    add("--teacher", help="path or Hub id (default: SmolLM2-135M-Instruct)")
-    add("--output", type=Path, help="folder of results files and card (default: results, beside the models)")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure (default: all)")
-    add("--models", nargs="+", help="columns to measure (default: all; speed compares all in any case)")
-    add("--works", type=Path, nargs="+", default=[], help="held-out texts (default: a novel and program text)")
-    add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens (default: %(default)s)")
-    add("--windows", type=int, default=1, help="beginnings in each work (default: %(default)s)")
-    add("--prompts", type=int, default=32, help="texts to continue (default: %(default)s)")
-    add("--dtype", type=lambda name: getattr(torch, name), default=DTYPE, help="(default here: %(default)s)")
-    add("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
+    add("made", type=Path, help="output folder of a recipe")
+    add("--teacher", help="path or Hub id of the teacher (default: SmolLM2-135M-Instruct)")
+    add("--output", type=Path, help="folder of the results files (default: results, beside the models)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to measure (default: all)")
+    add("--models", nargs="+", help="columns to measure (default: all; speed always compares all)")
+    add("--works", type=Path, nargs="+", default=[], help="held-out texts (default: a novel and source code)")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[1024, 2048, 4096, 8192],
+        help="lengths of texts in tokens (default: %(default)s)",
+    )
+    add("--windows", type=int, default=1, help="windows in each work (default: %(default)s)")
+    add("--prompts", type=int, default=32, help="number of texts to continue (default: %(default)s)")
+    add(
+        "--dtype",
+        type=lambda name: getattr(torch, name),
+        default=DTYPE,
+        help="dtype of computations (default on this machine: %(default)s)",
+    )
+    add("--threads", type=int, default=1, help="threads on a CPU (default: %(default)s)")
     options = parser.parse_args()
     options.output = options.output or options.made / "results"
-    # of all parts alike: a results file may be filled by several runs
+    # the command without --tasks and --models, as several runs may fill one results file
     options.command = f"python examples/recipes/measure.py {options.made}"
     for name in ("teacher", "works", "lengths", "windows", "prompts", "threads"):
         value = getattr(options, name)
@@ -281,11 +305,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure."""
+    """Run all tasks."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a rounding on every call
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every call that inputs are cast to float16
     teacher = teacher_source(options.teacher)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     options.output.mkdir(parents=True, exist_ok=True)

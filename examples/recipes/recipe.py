@@ -1,4 +1,4 @@
-"""What the recipes share: arguments, stages that are done once, training, quantization with recovery, checksums."""
+"""Functions that the recipes share: arguments, stages that run only once, training, quantization with recovery."""
 
 import argparse
 import dataclasses
@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 from transformers import PreTrainedModel as Model
 
 try:
-    # on some CPUs bitsandbytes, which peft imports, asks for a package that speeds up 4-bit products: they do without
+    # peft imports bitsandbytes, which on some CPUs logs that a package for faster 4-bit products is missing
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns of a rounding on every call
+    logging.getLogger("bitsandbytes.autograd").setLevel(
+        logging.ERROR
+    )  # it warns in every call that inputs are cast to float16
     import datasets
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer
@@ -31,37 +33,47 @@ try:
 except ImportError as error:
     raise SystemExit(f"the recipes need more packages: {error}; pip install 'whisper-hf[examples]'") from error
 
-TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default teacher is a copy of
-SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}  # 1,664 tokens at most
-RECIPES = {"int8": "int8", "nf4": "nf4-double"}  # the quantized forms of each model
-PLACE: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}  # what is loaded goes there
-HALF = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()  # elsewhere bfloat16 is far slower
-DTYPE = torch.bfloat16 if HALF else torch.float32  # to compute in, where nothing else is said
-RANK = 12  # of the adapters that make up for quantization
+TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the original of the default teacher
+SPARSE = {"block_size": 16, "sink_blocks": 2, "local_blocks": 16, "topk_blocks": 86}  # a budget of 1,664 tokens
+RECIPES = {"int8": "int8", "nf4": "nf4-double"}  # name of a quantized form -> its recipe
+PLACE: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}  # where models are loaded
+HALF = (
+    torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+)  # on other CPUs bfloat16 is far slower than float32
+DTYPE = torch.bfloat16 if HALF else torch.float32  # the dtype of computations by default
+RANK = 12  # rank of the adapters that correct quantization
 QUIET = {"report_to": "none", "per_device_train_batch_size": 1, "save_total_limit": 1, "logging_steps": 5}
 
 
 @dataclass
 class RecipeArguments:
-    """Models and text; what concerns training is in [`~whisper_hf.DistillationConfig`]."""
+    """The arguments of models and text; those of training are [`~whisper_hf.DistillationConfig`]."""
 
-    size: str = field(default="cpu", metadata={"help": "cpu or gpu: how much is trained, where nothing else is said"})
-    teacher: str | None = field(default=None, metadata={"help": "path or Hub id; by default SmolLM2-135M-Instruct"})
+    size: str = field(default="cpu", metadata={"help": "cpu or gpu: the defaults of all arguments that are not given"})
+    teacher: str | None = field(
+        default=None, metadata={"help": "path or Hub id of the teacher; by default SmolLM2-135M-Instruct"}
+    )
     train_data: list[str] = field(
         default_factory=lambda: [*NOVELS, PROGRAMS],
         metadata={
             "help": "text files, folders of them, or Hub ids; by default three novels and the sources of torch.nn"
         },
     )
-    text_column: str = field(default="text", metadata={"help": "of a data set"})
+    text_column: str = field(default="text", metadata={"help": "column of a data set that holds the text"})
     row_tokens: int = field(default=512, metadata={"help": "tokens of a training example"})
-    recovery_steps: int = field(default=0, metadata={"help": "of the adapters on quantized weights"})
+    recovery_steps: int = field(default=0, metadata={"help": "training steps of the adapters on quantized weights"})
 
 
 def parse(
     sizes: dict[str, dict[str, Any]], kind: type = RecipeArguments, **shared: Any
 ) -> tuple[Any, DistillationConfig]:
-    """Read the command line, with the defaults of the size that it names."""
+    """Parse the command line, with the defaults of the size that it names.
+
+    Args:
+        sizes: defaults by size, "cpu" and "gpu".
+        kind: the dataclass of the recipe's own arguments.
+        shared: defaults of all sizes.
+    """
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--size", choices=sizes, default="cpu")
     size = chosen.parse_known_args()[0].size
@@ -71,7 +83,7 @@ def parse(
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return a folder that is made if it is not there; all of it appears, or nothing."""
+    """Return a folder, after making it unless it exists; it appears completely or not at all."""
     if not folder.exists():
         print(f"making {folder} ...", flush=True)
         with new_folder(folder) as unfinished:
@@ -85,18 +97,21 @@ def teacher_source(given: str | None) -> str:
 
 
 def training_rows(script: RecipeArguments, tokenizer: Any, args: DistillationConfig) -> list[list[int]]:
-    """Return as many rows as there are steps for, or all that the sources have."""
+    """Return as many rows as the steps need, or all rows of the sources if these are fewer."""
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
     return read_rows(script.train_data, tokenizer, script.row_tokens, count, script.text_column, args.seed)
 
 
 def load(source: str | Path, args: DistillationConfig) -> Model:
-    """Return a model that is not trained, or quantized, in the dtype that training computes in."""
+    """Load a model that is not trained itself, such as a teacher, in the dtype of the training's computations."""
     return load_in(torch.bfloat16 if args.bf16 else torch.float32, source)
 
 
 def load_in(dtype: torch.dtype, source: str | Path) -> Model:
-    """Return a model that computes in a dtype, even if it is quantized: transformers leaves that as it was saved."""
+    """Load a model that computes in a dtype, also if it is quantized.
+
+    transformers ignores `dtype` for a quantized model, and loads the dtypes that were saved.
+    """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **PLACE).eval()
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -108,14 +123,14 @@ def load_in(dtype: torch.dtype, source: str | Path) -> Model:
 
 
 def as_dataset(rows: list[list[int]]) -> datasets.Dataset:
-    """Return rows with labels."""
+    """Return rows of token ids as a data set with labels."""
     return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
 def learn(
     student: Model, teacher: Model | None, rows: list[list[int]], args: DistillationConfig, **options: Any
 ) -> None:
-    """Train a student from its teacher, or from text alone; from the last checkpoint if there is one."""
+    """Train a student by distillation, or without a teacher on text; resume from the last checkpoint, if any."""
     args.resume_from_checkpoint = "last"
     known = {"model": student, "args": args, "train_dataset": as_dataset(rows), "data_collator": collate, **options}
     resuming.train(Trainer(**known) if teacher is None else DistillationTrainer(teacher=teacher, **known))
@@ -129,7 +144,7 @@ def save(model: Model, source: str | Path, folder: Path) -> None:
 
 
 def quantized_forms(model: Path, teacher: str, rows: list[list[int]], script: RecipeArguments, args: Any) -> None:
-    """Write the quantized forms of a model, and an adapter for each that makes up for what they lose."""
+    """Write the quantized forms of a model, each with an adapter that corrects the quantization."""
     for name, kind in RECIPES.items():
         base = model.with_name(f"{model.name}-{name}")
         if not base.exists():
@@ -142,9 +157,10 @@ def quantized_forms(model: Path, teacher: str, rows: list[list[int]], script: Re
 def recover(
     base: Path, model: Path, teacher: str, rows: list[list[int]], script: RecipeArguments, args: Any, folder: Path
 ) -> None:
-    """Start an adapter as the best correction of its rank, and let it learn what the teacher predicts."""
+    """Initialise an adapter as the best correction of its rank, train it by distillation, and save it."""
     set_seed(args.seed)
-    quantized, original = load(base, args), load(model, args)
+    quantized = load(base, args)
+    original = load(model, args)
     student = get_peft_model(quantized, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
     compensate(student, original, rows[: max(1, 2048 // len(rows[0]))])
     if script.recovery_steps:

@@ -1,13 +1,14 @@
-"""Measures translation after tuning: BLEU and chrF of what a recipe made beside its teacher, and quantized.
+"""Measure translation after fine-tuning: BLEU and chrF of a recipe's model, its quantized forms and its teacher.
 
     pip install -e ".[examples,metrics]"
-    python examples/recipes/translation.py runs/whisper-lm-135m
+    python examples/recipes/translation.py runs/whisper-lm-135m                # the output of a recipe
 
-`examples/translate.py` tunes the dense teacher and the model on verses from English into Spanish (its arguments can be
-given after `--`) and scores whole books held out; the tuned model is then quantized, and scored again. Passages of a
-few verses fit into the sparse budget: what this compares is what models have learnt, not their attention.
+`examples/translate.py` fine-tunes the dense teacher and the model to translate verses from English into Spanish, and
+scores whole books that are held out. Its arguments can be given after `--`. The fine-tuned model is then quantized and
+scored again. Passages of a few verses fit into the sparse budget, so the scores compare what the models have learnt,
+not their attention.
 
-What has been measured is kept, and what was interrupted goes on.
+Earlier results are kept, and an interrupted run resumes.
 """
 
 import argparse
@@ -31,7 +32,7 @@ TASK, DATASET = "translation after tuning", "verses from English into Spanish, w
 
 
 def tune(model: str, output: Path, options: argparse.Namespace) -> None:
-    """Tune a model, and save it merged."""
+    """Fine-tune a model by `translate.py` in a process of its own, and save it with the merged adapter."""
     if (output / translate.RESULTS).exists():
         return
     command = [sys.executable, str(Path(translate.__file__)), "--model", model, "--output_dir", str(output)]
@@ -49,7 +50,7 @@ def tune(model: str, output: Path, options: argparse.Namespace) -> None:
 
 
 def scores(name: str, tuned: Path, form: str | None = None) -> list[Record]:
-    """Return BLEU and chrF of a tuned model, or of a quantized form of it."""
+    """Return BLEU and chrF of a fine-tuned model, or of its quantized form."""
     known = json.loads((tuned / translate.TRANSLATIONS).read_text(encoding="utf-8"))
     found = known["scores"]["after"]
     if form is not None:
@@ -66,28 +67,33 @@ def scores(name: str, tuned: Path, form: str | None = None) -> list[Record]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    own, more = sys.argv[1:], []
+    """Parse the command line; the arguments after `--` are for `translate.py`."""
+    own = sys.argv[1:]
+    more: list[str] = []
     if "--" in own:
-        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
+        cut = own.index("--")
+        more = own[cut + 1 :]
+        own = own[:cut]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("made", type=Path, help="what a recipe made")
-    add("--teacher", help="path or Hub id (default: SmolLM2-135M-Instruct)")
+    add("made", type=Path, help="output folder of a recipe")
+    add("--teacher", help="path or Hub id of the teacher (default: SmolLM2-135M-Instruct)")
     add("--output", type=Path, help="folder of the results file (default: results, beside the models)")
-    add("--steps", type=int, default=30, help="of tuning (default: %(default)s)")
-    add("--passages", type=int, default=8, help="to translate (default: %(default)s)")
+    add("--steps", type=int, default=30, help="steps of fine-tuning (default: %(default)s)")
+    add("--passages", type=int, default=8, help="passages to translate (default: %(default)s)")
     options = parser.parse_args(own)
-    options.output, options.more = options.output or options.made / "results", more
+    options.output = options.output or options.made / "results"
+    options.more = more
     return options
 
 
 def main() -> None:
-    """Tune and score what has not been scored."""
+    """Fine-tune and score the models that have no results yet."""
     options = parse_arguments()
     logging.disable_progress_bar()
     options.output.mkdir(parents=True, exist_ok=True)
-    path, name = options.output / "translation.json", options.made.name
+    path = options.output / "translation.json"
+    name = options.made.name
     records = list(load_results(path).records) if path.exists() else []
     teacher = teacher_source(options.teacher)
     for base, model in ((DENSE, teacher), (name, str(options.made / "model"))):

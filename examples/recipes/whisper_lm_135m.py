@@ -1,16 +1,18 @@
-"""whisper-lm-135m: a dense model converted to sparse attention, and adapted to it by its own dense predictions.
+"""Make whisper-lm-135m: convert a dense model to sparse attention, and adapt it to its own dense predictions.
 
     python examples/recipes/whisper_lm_135m.py                  # under an hour on two CPU cores
     python examples/recipes/whisper_lm_135m.py --size gpu       # sized for 25 minutes of one GPU
     python examples/recipes/whisper_lm_135m.py --size gpu --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct \\
         --train_data HuggingFaceFW/fineweb-edu
 
-Each token attends to at most 1,664 others: two blocks of 16 at the beginning, the 16 most recent ones and 86 chosen by
-content. The attention layers alone learn, on long rows of text with facts hidden in them, to predict what the dense
-model does (forward KL). Then int8 and nf4 are made, each with an adapter that makes up for what was lost.
+Each token attends to at most 1,664 tokens, in blocks of 16: the first 2 blocks, the 16 most recent blocks and 86 blocks
+chosen by content. Only the attention layers are trained, to predict what the dense model predicts (forward KL), on long
+rows of text with hidden facts. Then the script makes int8 and nf4 forms, each with an adapter that corrects the
+quantization.
 
-What is there is not made again, and training goes on from its last checkpoint: after an interruption run it again. All
-arguments of `DistillationConfig`, and so of transformers' Trainer, can be given; `--help` lists them.
+After an interruption, run the same command again: finished parts are kept, and training resumes from its last
+checkpoint. All arguments of `DistillationConfig`, which include those of transformers' Trainer, can be given; `--help`
+lists them.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from whisper_hf import DistillationConfig, SparseAttentionConfig, from_dense
 SHARED = {"learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
 SHARED |= {"output_dir": "runs/whisper-lm-135m"}
 SIZES = {
-    # rows of half the length, at half the budget
+    # rows of half the length, trained with less than half the budget
     "cpu": {
         "max_steps": 12,
         "learning_rate": 1e-4,
@@ -53,13 +55,15 @@ SIZES = {
 
 @dataclass
 class SparseArguments(RecipeArguments):
-    """And what concerns adaptation."""
+    """The arguments of all recipes, and those of the adaptation."""
 
-    trained_blocks: int = field(default=86, metadata={"help": "blocks that are chosen while training: fewer is harder"})
+    trained_blocks: int = field(
+        default=86, metadata={"help": "blocks chosen by content during training; fewer blocks make the task harder"}
+    )
 
 
 def adapt(folder: Path, source: str, rows: list[list[int]], blocks: int, args: DistillationConfig) -> None:
-    """Convert the teacher, let its attention learn, and save it."""
+    """Convert the teacher to sparse attention, train its attention layers, and save the result."""
     set_seed(args.seed)
     student = from_dense(source, sparse_attention={**SPARSE, "topk_blocks": blocks}, dtype=torch.float32)
     for name, parameter in student.named_parameters():
@@ -70,15 +74,16 @@ def adapt(folder: Path, source: str, rows: list[list[int]], blocks: int, args: D
 
 
 def main() -> None:
-    """Make what is not there yet."""
+    """Make the model and its quantized forms, except for finished parts."""
     script, args = parse(SIZES, SparseArguments, **SHARED)
-    output, source = Path(args.output_dir), teacher_source(script.teacher)
+    output = Path(args.output_dir)
+    source = teacher_source(script.teacher)
     tokenizer = AutoTokenizer.from_pretrained(source)
     rows = corpus.with_facts(training_rows(script, tokenizer, args), tokenizer, args.seed)
     settings = dataclasses.replace(args, output_dir=str(output / "training"))
     model = once(output / "model", lambda folder: adapt(folder, source, rows, script.trained_blocks, settings))
     quantized_forms(model, source, rows, script, settings)
-    print(f"done: {model} and its quantized forms beside it; the checkpoints in {output}/training* can go")
+    print(f"done: {model} and its quantized forms beside it; the checkpoints in {output}/training* may be deleted")
 
 
 if __name__ == "__main__":

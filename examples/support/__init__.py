@@ -1,1 +1,1 @@
-"""What several examples share."""
+"""Functions that several examples share: models, texts, resuming, pictures of the attention."""

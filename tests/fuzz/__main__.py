@@ -1,11 +1,13 @@
-"""Random cases against the reference, as many as wanted; stops at the first difference with the smallest such case.
+"""Compare the fast paths with the reference in random cases, until all are run or one differs.
 
     python -m tests.fuzz --cases 10000 --seed 0
 
-The same seed gives the same cases. A failing `Case(...)` is run again by `fuzz_attention.check(Case(...))`.
+The same seed gives the same cases. At the first difference, Hypothesis searches for the smallest case that shows it,
+and prints it. `tests.fuzz.check_attention.check(Case(...))` runs a case of attention again.
 """
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -15,17 +17,19 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.stateful import run_state_machine_as_test
 
-from .. import conftest  # noqa: F401 (sets Triton up, before anything imports it)
+from .. import conftest  # noqa: F401 (configures Triton before it is imported)
 from . import check_attention, check_caches, check_settings, draw_cases
 
-STEPS = 12  # calls in an order of calls, at most
-SHARES = {"attention": 1.0, "triton": 0.01, "caches": 0.05, "settings": 0.1}  # of the cases asked for
+STEPS = 12  # most calls in a sequence of calls on a cache
+SHARES = {"attention": 1.0, "triton": 0.01, "caches": 0.05, "settings": 0.1}  # kind -> cases, as a share of --cases
 COUNTERS = (check_attention.seen, check_attention.calls, check_caches.seen, check_settings.seen)
-set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # it would leave a folder here
+set_hypothesis_home_dir(
+    Path(tempfile.gettempdir()) / "hypothesis"
+)  # by default it writes a folder into the working directory
 
 
 def options(cases: int) -> settings:
-    """Return how Hypothesis runs: no case is kept for the next time, and slow ones are fine."""
+    """Return the settings of Hypothesis: it stores no cases, and accepts slow ones."""
     return settings(
         max_examples=cases,
         stateful_step_count=STEPS,
@@ -37,15 +41,15 @@ def options(cases: int) -> settings:
 
 
 def run(name: str, cases: int, seed_: int) -> None:
-    """Run one kind of cases.
+    """Run a number of cases of one kind.
 
     Raises:
-        AssertionError: a difference; Hypothesis adds the smallest case that shows it.
+        AssertionError: a case differs from the reference; Hypothesis adds the smallest one that it finds.
     """
     if name == "caches":
         for number, kind in enumerate(check_caches.KINDS):
             machine = seed(seed_ + number)(type(kind, (check_caches.Caches,), {"kind": kind}))
-            run_state_machine_as_test(machine, settings=options(-(-cases // len(check_caches.KINDS))))
+            run_state_machine_as_test(machine, settings=options(math.ceil(cases / len(check_caches.KINDS))))
         return
     strategy, check = {
         "attention": (draw_cases.cases(), check_attention.check),
@@ -63,10 +67,13 @@ def run(name: str, cases: int, seed_: int) -> None:
 
 
 def main(cases: int, seed_: int, only: list[str]) -> None:
-    """Run every kind, and print what was run."""
-    torch.use_deterministic_algorithms(True)  # which also fills what is allocated and not written with NaN
+    """Run all kinds of cases, and print what the cases have covered."""
+    torch.use_deterministic_algorithms(
+        True
+    )  # it also fills new tensors with NaN, so that reading unwritten memory is noticed
     for name in only:
-        start, count = time.perf_counter(), max(round(cases * SHARES[name]), 1)
+        start = time.perf_counter()
+        count = max(round(cases * SHARES[name]), 1)
         for counter in COUNTERS:
             counter.clear()
         run(name, count, seed_)
@@ -78,7 +85,9 @@ def main(cases: int, seed_: int, only: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=10000, help="of attention; the other kinds take a share of that")
+    parser.add_argument(
+        "--cases", type=int, default=10000, help="cases of attention; other kinds run a share of this number"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES))
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The fast paths against the reference in float64, in value and gradient, in random cases.
+"""Compare the fast paths of attention with the reference in float64, in value and gradient.
 
-Queries and keys are small integers times powers of two, so that the scores of blocks are exact in float32 in whatever
-order they are summed. Which blocks are chosen, ties included, is then a fact, and no difference is excused.
+Queries and keys are small integers times powers of two, so that the scores of blocks are exact in float32 for any order
+of summation. All paths must therefore choose the same blocks, also in ties.
 
-Legend: that of `sparse_selection.py`; also `E` value dimension.
+The shape legend of `sparse_selection.py` applies here, with `E` for the value dimension.
 """
 
 import math
@@ -33,8 +33,8 @@ from whisper_hf.model.sparse_selection import content_layout, query_slots, selec
 
 from .draw_cases import Case
 
-SMALLEST = 1e-38  # of float32's normal numbers
-COUNTED = (  # that a path ran is what calls of these prove
+SMALLEST = 1e-38  # the order of float32's smallest normal number
+COUNTED = (  # functions whose calls prove that a path ran
     (attention, "attention_blockwise"),
     (attention, "attention_gathered"),
     (attention_gathered, "_attend_last"),
@@ -55,16 +55,17 @@ seen: Counter[str] = Counter()
 
 
 def tensors(case: Case) -> list[Tensor]:
-    """Return query (`[B, H, T, D]`), key (`[B, K, S, D]`) and value (`[B, K, S, E]`) that require gradients."""
+    """Make query (`[B, H, T, D]`), key (`[B, K, S, D]`) and value (`[B, K, S, E]`) of a case, with gradients."""
     generator = torch.Generator().manual_seed(case.seed)
-    heads, length = case.kv_heads * case.groups, case.length
+    heads = case.kv_heads * case.groups
+    length = case.length
 
     def integers(*shape: int) -> Tensor:
         return torch.randint(-case.entry, case.entry + 1, shape, generator=generator).double()
 
     query = integers(case.rows, heads, case.queries, case.head_dim)
     key = integers(case.rows, case.kv_heads, length, case.head_dim)
-    if case.keys != "random":  # every one of them one of two, in runs of a block, or all the same
+    if case.keys != "random":  # only two different keys (also the same in each block), or only one
         index = torch.randint(min(2, length), (length,), generator=generator)
         if case.keys == "blocks":
             index = index[torch.arange(length) // case.block_size]
@@ -80,7 +81,7 @@ def tensors(case: Case) -> list[Tensor]:
 
 
 def _viewed(states: Tensor, view: str) -> Tensor:
-    """Lay `[B, H, T, D]` out in memory; what lies between is not a number."""
+    """Return a copy of `[B, H, T, D]` with another memory layout, whose gaps hold NaN."""
     batch, heads, length, width = states.shape
     if view == "model":
         return states.transpose(1, 2).contiguous().requires_grad_().transpose(1, 2)
@@ -98,7 +99,7 @@ def _viewed(states: Tensor, view: str) -> Tensor:
 
 
 def layout_of(case: Case) -> Tensor | None:
-    """Return the layout, `[B, 1, 1, S]` int32."""
+    """Return the layout of a case, `[B, 1, 1, S]` int32, or `None`."""
     if not case.has_layout:
         return None
     generator = torch.Generator().manual_seed(case.seed)
@@ -114,7 +115,7 @@ def layout_of(case: Case) -> Tensor | None:
 
 @contextmanager
 def counted_calls(tile: int | None = None) -> Iterator[None]:
-    """Count the calls of what is in `COUNTED`, and make tiles small."""
+    """Count calls of the functions in `COUNTED`, and set the sizes of tiles, in a `with` block."""
     with ExitStack() as stack:
         for module, name in COUNTED:
             stack.enter_context(mock.patch.object(module, name, _counting(getattr(module, name), called(module, name))))
@@ -131,7 +132,7 @@ def counted_calls(tile: int | None = None) -> Iterator[None]:
 
 
 def called(module: ModuleType, name: str) -> str:
-    """Return what `calls` says of a function."""
+    """Return the key of a function in `calls`."""
     return f"{module.__name__.rpartition('.')[2]}.{name}"
 
 
@@ -144,7 +145,7 @@ def _counting(function: object, name: str) -> object:
 
 
 def attend(case: Case, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None) -> Tensor:
-    """Attend by the path under test, `[B, H, T, E]`."""
+    """Compute attention by the path under test, `[B, H, T, E]`."""
     if case.path in ("dispatch", "triton"):
         layer = SimpleNamespace(
             config=SimpleNamespace(sparse_attention=case.settings), num_key_value_groups=case.groups
@@ -160,12 +161,13 @@ def attend(case: Case, query: Tensor, key: Tensor, value: Tensor, layout: Tensor
 
 
 def check(case: Case) -> None:
-    """Compare a fast path's output, with and without gradients, and its gradients with the reference's.
+    """Compare a path's output (with and without gradients) and its gradients with the reference's.
 
     Raises:
         AssertionError: they differ by more than rounding.
     """
-    states, layout = tensors(case), layout_of(case)
+    states = tensors(case)
+    layout = layout_of(case)
     visible = visible_keys(
         layout, query_slots(layout, case.queries, case.length, states[0].device), case.length, case.sliding_window
     )
@@ -202,11 +204,12 @@ def _upstream(case: Case) -> Tensor:
 
 
 def truth(case: Case, states: list[Tensor], allowed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return output and gradients of query, key and value in float64, and how far rounding may move each element.
+    """Return output and gradients of query, key and value in float64, and bounds on the effect of rounding on each.
 
-    Rounding moves a weight by a share of it, which grows with the logit unless that is exact, and a logit's gradient by
-    the same share of the sizes of its terms; half precision rounds weights and the saved output once more, and where
-    PyTorch's own attention computes, the logits, too. The smallest weights count as much as they are clamped to.
+    Rounding changes a weight by a share of it, which grows with the logit unless the logit is exact. It changes the
+    gradient of a logit by the same share of the sizes of its terms. Half precision also rounds weights and the saved
+    output, and in PyTorch's own attention the logits. The smallest weights count with the value to which they are
+    clamped.
     """
     exact = [tensor.detach().double().requires_grad_() for tensor in states]
     upstream = _upstream(case)

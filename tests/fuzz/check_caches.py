@@ -1,9 +1,10 @@
-"""Random orders of calls on a model with a cache; after each, the logits are those of the reference on the whole text.
+"""Compare a model with a cache, in random sequences of calls, with the reference on the whole text.
 
-Models are tiny and in float64. Hooks round queries, keys and values to quarters that 8 bits hold exactly, and RoPE to
-right angles: so the scores of blocks are exact in float32, ties included, and the quantized cache loses nothing.
+Models are tiny and in float64. Hooks round queries, keys and values to multiples of 1/4 that 8 bits hold exactly, and
+RoPE to right angles. The scores of blocks are then exact in float32, also in ties, and the quantized cache is exact.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,16 +24,16 @@ from whisper_hf.model.cache_quantized import QuantizedSparseCache
 from ..conftest import SIZES, VOCABULARY, tiny_model
 
 LONGEST, MOST_ROWS = 260, 5
-FIRST = 127 / 4  # of keys and values: with it, a row's scale in 8 bits is a quarter
+FIRST = 127 / 4  # the first number of each key and value, which makes the scale of a row in 8 bits 1/4
 FAMILIES = ("sparse", "mixed", "llama", "qwen3")
 KINDS = ("dynamic", "plain", "static", "int8", "offloaded")
-SETTINGS = [(1, 1, 1), (1, 1, 0), (2, 1, 0), (0, 1, 1)]  # topk, local and sink blocks of 16
-LENGTHS = st.one_of(st.integers(65, 150), st.integers(65, 150), st.integers(1, 150))  # mostly beyond every budget
+SETTINGS = [(1, 1, 1), (1, 1, 0), (2, 1, 0), (0, 1, 1)]  # numbers of topk, local and sink blocks, of 16 tokens
+LENGTHS = st.one_of(st.integers(65, 150), st.integers(65, 150), st.integers(1, 150))  # mostly longer than every budget
 seen: Counter[str] = Counter()
 
 
 def rounded_model(family: str) -> PreTrainedModel:
-    """Return a tiny model whose queries, keys and values are quarters."""
+    """Return a tiny model whose queries, keys and values are multiples of 1/4."""
     if family in ("llama", "qwen3"):
         config_class = LlamaConfig if family == "llama" else Qwen3Config
         model = AutoModelForCausalLM.from_config(config_class(**SIZES, head_dim=8), attn_implementation="masked_sparse")
@@ -60,13 +61,13 @@ def _quarters(first: float, head_dim: int) -> Any:
 
 def _right_angles(_module: object, _args: object, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     cosine, sine = (part.round() for part in angles)
-    for index in (0, cosine.shape[-1] // 2):  # the first pair, which the first number is in, stays
+    for index in (0, cosine.shape[-1] // 2):  # the first pair of numbers is not rotated, so that FIRST stays
         cosine[..., index], sine[..., index] = 1.0, 0.0
     return cosine, sine
 
 
 class Caches(RuleBasedStateMachine):
-    """A cache, and what every row of it has been told."""
+    """A state machine of Hypothesis: a cache, and the tokens that each of its rows has read."""
 
     kind = "dynamic"
     models: dict[str, PreTrainedModel] = {}
@@ -92,7 +93,7 @@ class Caches(RuleBasedStateMachine):
         first: int,
         seed: int,
     ) -> None:
-        """Build a cache and read a first piece of text."""
+        """Make a cache, and read a first piece of text."""
         if family not in self.models:
             self.models[family] = rounded_model(family)
         self.model, self.masks, self.counts_positions = self.models[family], masks, counts_positions
@@ -122,7 +123,7 @@ class Caches(RuleBasedStateMachine):
         return torch.rand(shape, generator=self.generator)
 
     def _read(self, count: int) -> None:
-        """Feed new tokens and compare."""
+        """Read new tokens with the cache, and compare the logits with the reference."""
         rows, start = self.ids.shape
         shown = torch.ones(rows, count, dtype=torch.long)
         if self.masks == "left" and not start:
@@ -149,7 +150,7 @@ class Caches(RuleBasedStateMachine):
         self.model.config.sparse_attention = self.settings
         with torch.no_grad():
             outputs = self.model(ids, output_attentions=reference, **inputs)
-        assert not reference or outputs.attentions[0] is not None  # which the reference alone can give
+        assert not reference or outputs.attentions[0] is not None  # only the reference returns attention weights
         return outputs.logits
 
     def _room(self) -> bool:
@@ -167,28 +168,28 @@ class Caches(RuleBasedStateMachine):
     @precondition(_room)
     @rule(beyond=st.integers(-1, 1))
     def read_to_a_boundary(self, beyond: int) -> None:
-        """Read until the first row ends with a block, or one token before or after."""
+        """Read until the first row ends at a block boundary, or one token before or after it."""
         self._read(int(beyond - self.shown[0].sum()) % 16 or 16)
 
     @precondition(_room)
     @rule(count=st.integers(1, 5))
     def step(self, count: int) -> None:
-        """Read token by token."""
+        """Read single tokens."""
         for _ in range(count):
             self._read(1)
 
     @precondition(lambda self: self.ids.shape[1] > 1)
     @rule(share=st.integers(1, 100), at_once=st.booleans())
     def crop(self, share: int, at_once: bool) -> None:
-        """Forget up to all but one of the last tokens."""
-        count = -(-(self.ids.shape[1] - 1) * share // 100)
+        """Remove some of the last tokens, at most all but one."""
+        count = math.ceil((self.ids.shape[1] - 1) * share / 100)
         self.cache.crop(-count)
         self.ids, self.shown = self.ids[:, :-count], self.shown[:, :-count]
         self._changed("crops", at_once)
 
     @rule(at_once=st.booleans())
     def reorder(self, at_once: bool) -> None:
-        """Let any row take the place of any other."""
+        """Replace each row by a random one."""
         rows = len(self.ids)
         self._take((self._random(rows) * rows).long(), self.cache.reorder_cache)
         self._changed("reorders", at_once)
@@ -209,7 +210,7 @@ class Caches(RuleBasedStateMachine):
         self._changed("selections", at_once)
 
     def _changed(self, what: str, at_once: bool) -> None:
-        """Count, and see at once what became of it, or let more changes come first."""
+        """Count a change of the cache, and with `at_once` read a token now, before further changes."""
         seen[what] += 1
         if at_once and self._room():
             self._read(1)
@@ -220,14 +221,14 @@ class Caches(RuleBasedStateMachine):
 
     @rule(rows=st.integers(1, 3), first=LENGTHS)
     def reset(self, rows: int, first: int) -> None:
-        """Begin again, with another number of rows where the cache can."""
+        """Reset the cache, and read a first piece of text, with another number of rows if the cache allows it."""
         self.cache.reset()
         self._forget(rows if self._is_dynamic() else len(self.ids))
         seen["resets"] += 1
         self._read(first)
 
     def teardown(self) -> None:
-        """Whatever was done last, one more token is right."""
+        """Read one more token after the last call."""
         if hasattr(self, "cache"):
             seen["orders of calls"] += 1
             if self._room():
@@ -236,6 +237,6 @@ class Caches(RuleBasedStateMachine):
 
 @contextmanager
 def without_streams() -> Iterator[None]:
-    """Let offloading run without an accelerator, whose streams it uses to hide the copies."""
+    """Replace the streams of an accelerator, which offloading needs, in a `with` block."""
     with mock.patch.object(torch, "Stream", mock.MagicMock()), mock.patch.object(torch.cuda, "default_stream"):
         yield

@@ -1,4 +1,4 @@
-"""Random values of `sparse_attention`: each works, or raises a `ValueError`."""
+"""Check that each random value of `sparse_attention` either works or raises a `ValueError`."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ seen: Counter[str] = Counter()
 
 
 def is_valid(value: Any) -> bool:
-    """Say what the documentation says: integers within bounds, and blocks of a power of two."""
+    """Return whether a value is valid by the documentation: integers within bounds, and blocks of a power of two."""
     if value is None:
         return True
     if not isinstance(value, dict) or not value.keys() <= LEAST.keys():
@@ -45,10 +45,10 @@ def is_valid(value: Any) -> bool:
 
 
 def check(value: Any) -> None:
-    """Attend with the value as a model's setting.
+    """Compute attention with a value as the setting of a model, and compare it with the reference.
 
     Raises:
-        AssertionError: what is valid does not give the reference's output, or what is not raises no `ValueError`.
+        AssertionError: a valid value does not give the reference's output, or an invalid one raises no `ValueError`.
     """
     layer = SimpleNamespace(config=SimpleNamespace(sparse_attention=value), num_key_value_groups=2)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
-"""Random calls of attention, as data; `fuzz_attention.py` makes them and compares.
+"""Draw random calls of attention as data; `check_attention.py` runs them and compares.
 
-Legend: that of `sparse_selection.py`.
+The shape legend of `sparse_selection.py` applies here.
 """
 
 import math
@@ -16,19 +16,21 @@ EXACT_BITS = 24  # integers below 2 ** 24 are exact in float32
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention; `seed` draws its numbers.
+    """One random call of attention, as data.
 
     Attributes:
-        path: `dispatch` (what `masked_sparse` takes), or by name `blockwise`, `decode` or `triton`.
-        written: slots that hold tokens; `unwritten` more follow where there is a layout.
-        hidden: per row, how many tokens are hidden on the left and on the right, and the percentage in between.
-        starts: per row, the slots where documents begin.
-        views: how queries, and how keys and values, lie in memory.
-        entry: largest integer of queries and keys.
-        tower: bits by which a few keys exceed the others.
-        loudness: the logits' standard deviation is about two to the power of this.
-        shifts: powers of two that queries and keys are multiplied by, and the scaling divided.
-        tile: how many queries the fast paths take at once; `None`: their own constants.
+        path: the path to test: `dispatch` (chosen by `masked_sparse`), `blockwise`, `decode` or `triton`.
+        written: number of key slots with tokens; with a layout, `unwritten` empty slots follow.
+        hidden: per row, the numbers of hidden tokens on the left and right, and the percentage hidden in between.
+        starts: per row, the slots at which documents begin.
+        views: memory layout of the queries, and of keys and values.
+        keys: how the keys are drawn: all random, or with many equal ones, which tests ties.
+        entry: largest integer in queries and keys.
+        tower: a few keys are larger than the other keys by the factor `2 ** tower`.
+        loudness: the standard deviation of the logits is about `2 ** loudness`.
+        shifts: exponents of the powers of two by which queries and keys are multiplied, and the scaling is divided.
+        tile: number of queries that the fast paths compute at once; `None` for their own constants.
+        seed: seed of the numbers in the tensors.
     """
 
     path: str
@@ -61,22 +63,22 @@ class Case:
 
     @property
     def settings(self) -> SparseAttentionConfig:
-        """The budget."""
+        """The sparse attention settings of the case."""
         return SparseAttentionConfig(self.block_size, self.topk, self.local, self.sink)
 
     @property
     def length(self) -> int:
-        """Number of key slots."""
+        """The number of key slots."""
         return self.written + self.unwritten
 
     @property
     def is_left_to_sdpa(self) -> bool:
-        """Whether PyTorch's own attention may compute it, from all keys or from those of the chosen blocks."""
+        """Whether PyTorch's own attention may compute the case, from all keys or from the keys of chosen blocks."""
         return self.queries == 1 or self.sliding_window is not None or self.settings.covers(self.length)
 
     @property
     def scaling(self) -> float:
-        """The factor on the logits; unless it is odd, it keeps them exact, also where its root is applied twice."""
+        """The factor on the logits: a power of 4, which keeps them (and its root) exact, or 1.3 times that if odd."""
         deviation = self.entry * (self.entry + 1) / 3 * self.head_dim**0.5
         power = self.loudness - round(math.log2(deviation)) - sum(self.shifts)
         return 4.0 ** (power // 2) * (1.3 if self.odd_scaling else 1.0)
@@ -84,9 +86,11 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, triton: bool = False) -> Case:
-    """Draw a case, most of them several times longer than the budget; for Triton's interpreter smaller ones."""
+    """Draw a case; most are several times longer than the budget, and smaller for Triton's interpreter."""
     block_size = draw(st.sampled_from([16, 16, 32]))
-    topk, local, sink = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    topk = draw(st.integers(0, 3))
+    local = draw(st.integers(1, 3))
+    sink = draw(st.integers(0, 2))
     budget = (topk + local + sink) * block_size
     longest = max(min(4 * budget, 80 if triton else LONGEST), budget + block_size)
     written = draw(st.integers(budget + 1, longest) if triton else _lengths(budget, longest, block_size))
@@ -129,12 +133,12 @@ def cases(draw: st.DrawFn, triton: bool = False) -> Case:
         tile=draw(st.sampled_from([None, 7, 40])),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
-    # beyond logits of some millions, the gradients of PyTorch's own attention are not numbers
+    # for logits beyond some millions, the gradients of PyTorch's own attention are NaN
     return replace(case, loudness=min(case.loudness, 6), tower=0) if case.is_left_to_sdpa else case
 
 
 def _lengths(budget: int, longest: int, block_size: int) -> st.SearchStrategy[int]:
-    """Mostly beyond the budget, often next to the boundary of a block."""
+    """Return a strategy for lengths: mostly longer than the budget, and often next to a block boundary."""
     boundary = st.builds(
         lambda block, offset: block * block_size + offset,
         st.integers(budget // block_size + 1, longest // block_size),
@@ -149,6 +153,7 @@ def _lengths(budget: int, longest: int, block_size: int) -> st.SearchStrategy[in
 
 
 def _hidden(length: int) -> st.SearchStrategy[tuple[int, int, int]]:
+    """Return a strategy for hidden tokens: their numbers on the left and right, and the percentage in between."""
     some = st.integers(0, length)
     return st.one_of(
         st.just((0, 0, 0)),
@@ -162,7 +167,7 @@ def _hidden(length: int) -> st.SearchStrategy[tuple[int, int, int]]:
 
 @st.composite
 def _starts(draw: st.DrawFn, length: int) -> tuple[int, ...]:
-    """Documents, also of one token."""
+    """Draw the slots at which documents begin; some documents have a single token."""
     sizes = draw(st.lists(st.one_of(st.just(1), st.integers(1, length)), max_size=draw(st.sampled_from([0, 0, 2, 6]))))
     starts, slot = [], 0
     for size in sizes:

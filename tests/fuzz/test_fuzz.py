@@ -1,4 +1,4 @@
-"""A few of the random cases that `python -m tests.fuzz` runs against the reference, and what they must have reached."""
+"""A few random cases of `python -m tests.fuzz`, with checks of what they cover."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What each of two processes does for `test_processes.py`; prints nothing, writes `FOLDER/result.json`."""
+"""Train and measure gradients in each of two processes, for `test_processes.py`; write `FOLDER/result.json`."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from ..distillation.test_trainer import KINDS, TERMS, config, examples, pad, stu
 
 
 def trained(folder: str, options: dict) -> dict:
-    """Train with half of each batch, evaluate, and return what one process would have found, too."""
+    """Train with half of each batch, and return metrics, history and weights, which one process would also get."""
     sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
     trainer = train(examples(), folder, **options, **sizes)
     weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
@@ -22,7 +22,7 @@ def trained(folder: str, options: dict) -> dict:
 
 
 def sharded_gradients(folder: str) -> dict[str, float]:
-    """Return the square of the norm of each gradient, of a student and a teacher that are sharded (FSDP2)."""
+    """Return the squared norm of each gradient of a student that, like its teacher, is sharded by FSDP 2."""
     student, teacher = student_model(), teacher_model()
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for model in (student, teacher):

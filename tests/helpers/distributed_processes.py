@@ -1,4 +1,4 @@
-"""What processes started by `accelerate launch` do for `test_distributed.py`, and what one does by itself."""
+"""Train in processes that `accelerate launch` starts, or in a single process, for `test_distributed.py`."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from ..conftest import ROOT
 from ..distillation.test_trainer import examples, pad
 
 STEPS, SAVED, BATCH, MICRO = 4, 2, 8, 2  # batches of eight examples, in two micro-batches
-ENDS = [*range(3, 60)]  # tokens that end a text: continuations end at once or late
+ENDS = [*range(3, 60)]  # tokens that end a text: continuations end after one token or late
 
 
 def options(folder: Path, processes: int, **changed: Any) -> dict[str, Any]:
-    """Return arguments of the Trainer, with which any number of processes sees the same batches."""
+    """Return arguments of the Trainer with which any number of processes gets the same batches."""
     return {
         "output_dir": str(folder),
         "learning_rate": 3e-3,
@@ -37,7 +37,8 @@ def options(folder: Path, processes: int, **changed: Any) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
-        "use_cpu": not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & {*os.environ},  # these: by on_cpu.py
+        "use_cpu": not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"}
+        & {*os.environ},  # on_cpu.py selects the CPU for these two
         **changed,
     }
 
@@ -48,7 +49,7 @@ def student(models: Path, **changed: Any) -> WhisperLMForCausalLM:
 
 
 def plain(models: Path, folder: Path, processes: int, **changed: Any) -> Trainer:
-    """Return a stock trainer."""
+    """Return a stock Trainer of the student."""
     model = changed.pop("model", None) or student(models)
     callbacks = changed.pop("callbacks", None)
     arguments = TrainingArguments(**options(folder, processes, **changed))
@@ -56,12 +57,12 @@ def plain(models: Path, folder: Path, processes: int, **changed: Any) -> Trainer
 
 
 def diverse(models: Path, folder: Path, processes: int) -> Trainer:
-    """Return a stock trainer of a model whose loss discourages repetition."""
+    """Return a stock Trainer of a student whose loss penalises repetition."""
     return plain(models, folder, processes, model=student(models, diversity={"contrast_weight": 0.5}))
 
 
 def loops(models: Path, folder: Path, processes: int) -> Trainer:
-    """Return a stock trainer against loops: what a process continues depends on its number, and how long."""
+    """Return a stock Trainer with unlikelihood of loops, in which one process writes shorter texts than the other."""
     model = student(models)
     model.generation_config.eos_token_id = [*range(model.config.vocab_size)] if os.environ["RANK"] == "0" else None
     callback = SequenceUnlikelihoodCallback(every=2, rows=2, prefix_tokens=4, new_tokens=12, ngram=1)
@@ -69,7 +70,7 @@ def loops(models: Path, folder: Path, processes: int) -> Trainer:
 
 
 def distilled(models: Path, folder: Path, processes: int, teacher: Any = "teacher", **changed: Any) -> Trainer:
-    """Return a trainer with a teacher of another family."""
+    """Return a DistillationTrainer with a teacher of another family."""
     arguments = DistillationConfig(**options(folder, processes, cross_entropy_weight=0.3, **changed))
     data = {"train_dataset": examples(), "eval_dataset": examples().select(range(7)), "data_collator": pad}
     teacher = models / teacher if isinstance(teacher, str) else teacher
@@ -77,19 +78,19 @@ def distilled(models: Path, folder: Path, processes: int, teacher: Any = "teache
 
 
 def replicated(models: Path, folder: Path, processes: int) -> Trainer:
-    """Return the same with a whole teacher in each process; DeepSpeed would shard it once there is a config."""
+    """Return a DistillationTrainer with a whole teacher in each process, which DeepSpeed would otherwise shard."""
     teacher = LlamaForCausalLM.from_pretrained(models / "teacher")
     return distilled(models, folder, processes, teacher, shard_teacher=False)
 
 
 def states(models: Path, folder: Path, processes: int) -> Trainer:
-    """Return a trainer that compares what is inside of layers, too."""
+    """Return a DistillationTrainer that also compares hidden states and attention outputs."""
     inside = {"hidden_states_weight": 0.1, "attention_outputs_weight": 0.1, "diversity_weight": 0.5}
     return distilled(models, folder, processes, "narrow teacher", **inside)
 
 
 def on_policy(models: Path, folder: Path, processes: int) -> Trainer:
-    """Return a trainer whose student writes its own data, and ends its texts where it likes."""
+    """Return a DistillationTrainer whose student writes the training texts, of different lengths."""
     writing = {"on_policy_fraction": 1.0, "on_policy_temperature": 0.0, "on_policy_max_new_tokens": 12}
     trainer = distilled(models, folder, processes, **writing)
     trainer.model.generation_config.eos_token_id = ENDS
@@ -100,15 +101,15 @@ KINDS: dict[str, Callable[..., Trainer]] = {
     kind.__name__: kind for kind in (plain, diverse, loops, distilled, replicated, states, on_policy)
 }
 KINDS_OF = {
-    "ddp": ("plain", "diverse", "loops"),  # test_distillation_processes.py has the others
+    "ddp": ("plain", "diverse", "loops"),  # test_processes.py has the other kinds
     "fsdp2": tuple(KINDS),
     "deepspeed_zero3": ("replicated", "plain", "distilled", "states", "on_policy"),
 }
 
 
 def example_command(models: Path, output: Path, processes: int) -> list[str]:
-    """Return arguments for `examples/distill.py`."""
-    sparse = '{"block_size": 16, "topk_blocks": 1, "local_blocks": 1, "sink_blocks": 0}'  # 32 of 128 tokens
+    """Return the command line of a short run of `examples/distill.py`."""
+    sparse = '{"block_size": 16, "topk_blocks": 1, "local_blocks": 1, "sink_blocks": 0}'  # a budget of 32 of 128 tokens
     command = ["distill.py", "--teacher", str(models / "teacher"), "--output_dir", str(output), "--max_steps", "2"]
     command += ["--per_device_train_batch_size", str(2 // processes), "--block_tokens", "128", "--eval_blocks", "3"]
     command += ["--train_data", str(models / "text.txt"), "--eval_data", str(models / "text.txt")]
@@ -117,19 +118,19 @@ def example_command(models: Path, output: Path, processes: int) -> list[str]:
 
 
 def run_example(command: list[str]) -> None:
-    """Run `examples/distill.py`, as if by that command line."""
+    """Run `examples/distill.py` in this process with a command line."""
     sys.argv = command
     runpy.run_path(str(ROOT / "examples" / "distill.py"), run_name="__main__")
 
 
 def history(trainer: Trainer) -> dict[str, list[float]]:
-    """Return losses and gradient norms."""
+    """Return the losses and gradient norms of a training, by name."""
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {name: [entry[name] for entry in entries] for name in ("loss", "grad_norm")}
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    """Return all weights, whole, by name."""
+    """Return all weights of a trainer's model by name, gathered from all processes."""
     return {
         name.replace("_checkpoint_wrapped_module.", ""): whole(parameter)
         for name, parameter in trainer.model.named_parameters()
@@ -137,7 +138,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """Return all of a parameter."""
+    """Return the whole of a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
         return parameter.detach().full_tensor().clone()
     if not is_sharded(parameter):
@@ -149,12 +150,12 @@ def whole(parameter: nn.Parameter) -> Tensor:
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Tell whether FSDP or DeepSpeed has taken a parameter apart."""
+    """Return whether FSDP or DeepSpeed has sharded a parameter."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 def described(trainer: Trainer) -> dict[str, Any]:
-    """Return how training went, and how models are spread and wrapped."""
+    """Return the history of a training, and how its models are sharded and wrapped."""
     teacher, plugin = getattr(trainer, "teacher", None), getattr(trainer.accelerator.state, "fsdp_plugin", None)
     return {
         **history(trainer),
@@ -166,7 +167,7 @@ def described(trainer: Trainer) -> dict[str, Any]:
 
 
 def work(layout: str, models: Path, folder: Path) -> None:
-    """Train in all ways, saving on the way, and write what was found."""
+    """Train in all ways of a layout, save weights and checkpoints, and write the results to `found.json`."""
     processes, found = int(os.environ["WORLD_SIZE"]), {}
     for name in KINDS_OF[layout]:
         trainer = KINDS[name](models, folder / name, processes)
@@ -184,7 +185,7 @@ def work(layout: str, models: Path, folder: Path) -> None:
         run_example(example_command(models, folder / "example", processes))
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # what --fsdp_state_dict_type sets
         distilled(models, folder / "saved in shards", processes, **saving).train()
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as the config has it
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as in the example config
         trainer = distilled(models, folder / "bfloat16", processes)
         trainer.train()
         found["bfloat16"] = described(trainer)
@@ -193,7 +194,7 @@ def work(layout: str, models: Path, folder: Path) -> None:
 
 
 def resume(models: Path, folder: Path) -> None:
-    """Go on alone from what two processes saved, in the same layout."""
+    """Resume, in a single process, from the checkpoints that two processes saved."""
     for kind, name, layout in ((plain, "saved", "FULL"), (distilled, "saved in shards", "SHARDED")):
         os.environ["FSDP_STATE_DICT_TYPE"] = f"{layout}_STATE_DICT"
         trainer = kind(models, folder / name, 1)
@@ -202,7 +203,7 @@ def resume(models: Path, folder: Path) -> None:
 
 
 def write(trainer: Trainer, path: Path) -> None:
-    """Save the weights."""
+    """Save the gathered weights of a trainer's model to a file."""
     found = weights(trainer)
     if trainer.is_world_process_zero():
         save_file(found, path)

@@ -1,4 +1,7 @@
-"""A process that talks to a Hub and runs functions of the tests, as huggingface_hub takes its address when imported."""
+"""Run functions of the tests in a separate process that talks to a Hub.
+
+huggingface_hub reads the address of the Hub when it is imported, so each address needs its own process.
+"""
 
 import inspect
 import json
@@ -14,8 +17,8 @@ WORKER = """
 import json, os, sys, traceback
 
 requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
-sys.stdin = open(os.devnull)  # nobody is there to answer a question
-os.dup2(2, 1)  # what libraries print is not an answer
+sys.stdin = open(os.devnull)  # a question on the terminal must fail, not wait
+os.dup2(2, 1)  # the output of libraries must not mix with the answers
 
 class Refuse:
     def find_spec(self, name, *_):
@@ -41,20 +44,20 @@ for line in requests:
 
 
 class ClientError(Exception):
-    """What a function raised in the other process: class, message and cause."""
+    """The error that a function raised in the other process: its class, message and cause."""
 
 
 class HubClient:
-    """One process, used as `client.run(function, name=value, ...)`.
+    """A separate process that runs functions, as `client.run(function, name=value, ...)`.
 
-    Functions see nothing of their module but those that ran before them in the same process; arguments and results are
-    JSON.
+    The source of a function is sent to the process. The function can use only what it imports, and functions that ran
+    before in the same process. Arguments and results must be JSON.
 
     Args:
-        url: of the Hub.
-        home: folder for its caches and its messages.
-        plugin: `"with the plugin"`, `"without the plugin"` (importing it fails) or `"either"` (it is not tried).
-        environment: variables to set, such as `HF_TOKEN`.
+        url: address of the Hub.
+        home: new folder for the caches and the messages of the process.
+        plugin: `"with the plugin"`, `"without the plugin"` (importing it fails) or `"either"` (it is not imported).
+        environment: environment variables to set, such as `HF_TOKEN`.
     """
 
     def __init__(self, url: str, home: Path, plugin: str, **environment: str) -> None:
@@ -74,7 +77,7 @@ class HubClient:
             )
 
     def run(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """Return what the function returns there, or raise a `ClientError`."""
+        """Run a function in the process; return its result, or raise its error as a `ClientError`."""
         source = "from __future__ import annotations\n" + textwrap.dedent(inspect.getsource(function))
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -87,6 +90,6 @@ class HubClient:
         return answer["returned"]
 
     def close(self) -> None:
-        """End the process; there is nothing in it to be put away."""
+        """Kill the process, which has nothing to clean up."""
         self.process.kill()
         self.process.communicate()

@@ -1,10 +1,12 @@
-"""A Hub on loopback, in memory: what huggingface_hub needs for models and small data sets, and failures to order.
+"""A Hugging Face Hub on the loopback interface and in memory, with failures that a test can switch on.
 
-    with HubServer({"hf_alice": "alice"}) as hub:  # tokens and whose they are
+It has what huggingface_hub needs for models and small data sets.
+
+    with HubServer({"hf_alice": "alice"}) as hub:  # token -> user
         ...  # HF_ENDPOINT=hub.url and HF_TOKEN in the environment of a process that has yet to import huggingface_hub
 
-Large files go through git LFS in a client with HF_HUB_DISABLE_XET=1. Without it they go through Xet, for which the
-server sends the client to a folder (`xet_store`) in the place of a storage service.
+Large files go through git LFS if the client has HF_HUB_DISABLE_XET=1, and through Xet otherwise. For Xet the server
+gives the client a folder (`xet_store`) instead of a storage service.
 """
 
 import base64
@@ -22,12 +24,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 DATE = "2026-01-01T00:00:00.000Z"
-LARGE = (".safetensors", ".bin", ".pt")  # what .gitattributes sends to LFS
+LARGE = (".safetensors", ".bin", ".pt")  # endings of the files that .gitattributes sends to LFS
 
 
 @dataclass(frozen=True)
 class LargeFile:
-    """A pointer to content that lies in the LFS or Xet store; `xet` is its Merkle hash there."""
+    """A pointer to content in the LFS store or the Xet store; `xet` is its Merkle hash in the Xet store."""
 
     sha256: str
     size: int
@@ -36,7 +38,7 @@ class LargeFile:
 
 @dataclass
 class Commit:
-    """The files of a revision, small ones with their content."""
+    """A commit: its files by path (small files with their content), its title and its parent."""
 
     files: dict[str, bytes | LargeFile]
     title: str = "initial commit"
@@ -45,7 +47,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """Commits by id, and the names that point to them."""
+    """A repository: its commits by id, and the branches and tags that point to them."""
 
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class Repo:
         return oid
 
     def resolve(self, revision: str) -> str:
-        """Return the commit that a branch, a tag or a commit id names."""
+        """Return the id of the commit that a branch, a tag or a commit id names."""
         found = self.branches.get(revision) or self.tags.get(revision)
         if found is None and revision not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -71,7 +73,7 @@ class Repo:
 
 @dataclass
 class Refusal(Exception):
-    """An answer that is an error; the client tells errors apart by their code."""
+    """An error to answer a request with; huggingface_hub chooses its exception by the code."""
 
     status: int
     message: str
@@ -80,7 +82,7 @@ class Refusal(Exception):
 
 @dataclass
 class Answer:
-    """What a route returns: JSON or bytes."""
+    """The answer to a request: a body (JSON or bytes), headers and a status."""
 
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -91,13 +93,13 @@ class HubServer:
     """The state of the Hub, and the thread that serves it.
 
     Args:
-        tokens: user of each token.
-        xet_store: folder for large files of clients with Xet.
+        tokens: the user of each token.
+        xet_store: folder for the large files of clients with Xet.
 
     Attributes:
-        url: where it answers.
-        repos: by id, `user/name`.
-        uploads: hashes of what was stored through LFS, in order.
+        url: address of the server.
+        repos: repositories by id, `user/name`.
+        uploads: hashes of the files that were stored through LFS, in order.
     """
 
     def __init__(self, tokens: dict[str, str], xet_store: Path | None = None) -> None:
@@ -121,25 +123,29 @@ class HubServer:
         self.server.server_close()
 
     def cut_upload(self, number: int) -> None:
-        """From now on break the connection in the middle of the large file that comes in as the `number`-th (from 1),
-        each time that it is tried, until `mend`."""
+        """Break the connection in the middle of the `number`-th large file to come (from 1), until `mend()` is called.
+
+        The upload of this file is broken each time that the client tries it.
+        """
         with self.lock:
             self._cut = number
 
     def cut_commit(self) -> None:
-        """From now on break the connection in the middle of a commit, until `mend`."""
+        """Break the connection in the middle of each commit, until `mend()` is called."""
         self._cut = "commit"
 
     def mend(self) -> None:
-        """Break no more connections."""
+        """Stop breaking connections."""
         self._cut = None
 
     def cuts(self, path: str) -> bool:
-        """Whether to break the connection of a request that sends something to a path."""
+        """Return whether to break the connection of a request that sends data to a path."""
         with self.lock:
             if self._cut == "commit":
                 return "/commit/" in path
-            if isinstance(self._cut, int) and path.startswith("/lfs/"):  # a countdown, then the path of one file
+            if isinstance(self._cut, int) and path.startswith(
+                "/lfs/"
+            ):  # `_cut` counts down, and then holds the path of the file
                 self._cut -= 1
                 if self._cut == 0:
                     self._cut = path
@@ -159,19 +165,21 @@ def _git_hash(content: bytes) -> str:
 
 
 def _xet_files(store: Path) -> dict[str, LargeFile]:
-    """Read what is in a local Xet store from its shards, whose records of 48 bytes come file by file."""
+    """Return the files in a local Xet store by their SHA-256, from its shards of 48-byte records."""
 
-    def hexadecimal(hash_: bytes) -> str:  # four little-endian numbers
+    def hexadecimal(hash_: bytes) -> str:  # of four little-endian numbers
         return "".join(hash_[i : i + 8][::-1].hex() for i in range(0, 32, 8))
 
     found = {}
     for path in store.rglob("*.mdb"):
-        records = [path.read_bytes()[i:][:48] for i in range(48, path.stat().st_size, 48)]  # after the header
+        records = [
+            path.read_bytes()[i:][:48] for i in range(48, path.stat().st_size, 48)
+        ]  # the first record is the header
         while records[0][:32] != b"\xff" * 32:
             head = records.pop(0)
             flags, count = struct.unpack("<II", head[32:40])
             size = sum(struct.unpack("<I", segment[36:40])[0] for segment in records[:count])
-            del records[: count * (2 if flags >> 31 else 1)]  # segments, and their hashes
+            del records[: count * (2 if flags >> 31 else 1)]  # the segments of the file, and their hashes if flagged
             if flags >> 30 & 1:
                 sha256 = hexadecimal(records.pop(0))
                 found[sha256] = LargeFile(sha256, size, hexadecimal(head))
@@ -179,7 +187,7 @@ def _xet_files(store: Path) -> dict[str, LargeFile]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection: finds the route of a request and sends the answer."""
+    """The handler of one connection, which finds the route of a request and sends the answer."""
 
     protocol_version = "HTTP/1.1"
     hub: HubServer
@@ -214,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         return content
 
     def _break_connection(self) -> None:
-        """Take half of what is sent, then hang up without an answer."""
+        """Read half of the request's body, and close the connection without an answer."""
         self.rfile.read(int(self.headers.get("Content-Length") or 2) // 2)
         self.close_connection = True
 
@@ -243,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class Request:
-    """Who asks for what, and the routes."""
+    """A request with its user and body, and the routes, which answer it."""
 
     hub: HubServer
     user: str | None
@@ -254,7 +262,7 @@ class Request:
         return json.loads(self.body or b"{}")
 
     def repo(self, repo_id: str, write: bool = False) -> Repo:
-        """Return a repo that the user may see, and change if `write`."""
+        """Return a repository, or refuse if the user may not read it, or (with `write`) not change it."""
         repo, owner = self.hub.repos.get(repo_id), repo_id.split("/")[0]
         if repo is None or (repo.private and self.user != owner):
             raise Refusal(404 if self.user else 401, "Repository not found", "RepoNotFound")
@@ -268,7 +276,7 @@ class Request:
         return Answer({"type": "user", "name": self.user, "orgs": []})
 
     def validate_card(self) -> Answer:
-        """Accept any card: what the real Hub makes of it cannot be known here."""
+        """Accept any model card; the rules of the real Hub are not known here."""
         return Answer({"errors": [], "warnings": []})
 
     def create_repo(self) -> Answer:
@@ -285,7 +293,7 @@ class Request:
         return Answer(known)
 
     def upload_modes(self, repo_id: str, revision: str) -> Answer:
-        """Tell small files from large ones, and which of them are there already."""
+        """Answer for each file whether it is small or large, and its hash if the revision has it already."""
         files, answers = self.repo(repo_id, write=True).files(revision), []
         for asked in self.json()["files"]:
             there, mode = files.get(asked["path"]), "lfs" if asked["path"].endswith(LARGE) else "regular"
@@ -318,7 +326,7 @@ class Request:
         return Answer({"casUrl": url, "exp": expires, "accessToken": "xet"}, headers)
 
     def commit(self, repo_id: str, branch: str) -> Answer:
-        """Add a commit from lines of JSON: all of it, or an error and nothing."""
+        """Add a commit from lines of JSON, completely or (with an error) not at all."""
         repo = self.repo(repo_id, write=True)
         if branch not in repo.branches:
             raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
@@ -368,7 +376,7 @@ class Request:
         return Answer({**known, "siblings": [{"rfilename": name} for name in repo.commits[sha].files]})
 
     def tree(self, repo_id: str, revision: str, folder: str) -> Answer:
-        """List files, those of subfolders too."""
+        """List all files of a revision, including those in subfolders."""
         within = f"{folder}/" if folder else ""
         files = {name: file for name, file in self.repo(repo_id).files(revision).items() if name.startswith(within)}
         if folder and not files:
@@ -384,7 +392,7 @@ class Request:
         return Answer(entries)
 
     def resolve(self, repo_id: str, revision: str, name: str) -> Answer:
-        """Send a small file, or say where a large one lies: on another host, as the client expects."""
+        """Send a small file, or redirect to the store of a large file, which is on another host as on the real Hub."""
         repo = self.repo(repo_id)
         sha = repo.resolve(revision)
         file = repo.commits[sha].files.get(name)

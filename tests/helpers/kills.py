@@ -1,6 +1,7 @@
-"""Trains in processes that are killed, for `test_kills.py`; prints nothing to rely on, writes `FOLDER/result.json`.
+"""Train in processes that are killed at random moments, for `test_kills.py`; write `FOLDER/result.json`.
 
-One process imports everything and forks the others. Those tell what they do through a pipe, and write files in halves.
+One process imports everything and forks the processes that train. They report their progress as events through a pipe,
+and write each file in two halves, so that some are killed in the middle of a file.
 """
 
 import gc
@@ -19,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  # Trainer imports it, and that takes long
+import peft  # noqa: F401  # imported before forking, as the Trainer imports it and that takes long
 import torch
 import transformers.modeling_utils
 from datasets import load_dataset
@@ -45,14 +46,14 @@ fork = multiprocessing.get_context("fork")
 
 
 class Reporter(TrainerCallback):
-    """Tells which rows each step has trained on, and when checkpoints are whole."""
+    """A callback that reports the rows of each training step, and when a checkpoint is complete."""
 
     def __init__(self, tell: Connection) -> None:
         self.tell = tell
         self.rows: list[int] = []
 
     def see(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Keep the checksums of the rows of a forward pass."""
+        """Store the checksums of the rows of a forward pass."""
         self.rows += [zlib.crc32(row.numpy().tobytes()) for row in kwargs["input_ids"]]
 
     def on_train_begin(self, args, state, control, model, **kwargs) -> None:
@@ -68,7 +69,11 @@ class Reporter(TrainerCallback):
 
 
 class DiskFills(TrainerCallback):
-    """Lets the third checkpoint meet a full disk: a file's limit, or a device without room in the place of a file."""
+    """A callback that lets the third checkpoint fail as on a full disk.
+
+    Args:
+        limit: largest size of a file in bytes; `None` makes one of the files a link to a full device instead.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
@@ -85,12 +90,12 @@ class DiskFills(TrainerCallback):
 
 
 def limit_files(size: int) -> None:
-    """Let no file of this process grow beyond a size in bytes."""
+    """Limit the files that this process writes to a size in bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def write_in_halves(write: Callable, tell: Connection) -> Callable:
-    """Return a function that writes the same file, slowly enough to be killed in its middle."""
+    """Wrap a function that writes a file: it writes two halves with a pause, and reports both."""
 
     def slow(content: Any, path: str, **options: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +113,7 @@ def write_in_halves(write: Callable, tell: Connection) -> Callable:
 
 
 def make_trainer(folder: Path, output: Path, callbacks: list[TrainerCallback], **options: Any) -> Trainer:
-    """Return a stock trainer on a stream of packed documents; noise needs random numbers to go on, too."""
+    """Return a stock Trainer on a stream of packed documents, with noise, which needs the random state to resume."""
     args = TrainingArguments(
         str(output),
         max_steps=STEPS,
@@ -140,7 +145,7 @@ def make_trainer(folder: Path, output: Path, callbacks: list[TrainerCallback], *
 
 
 def train(folder: Path, output: Path, tell: Connection) -> None:
-    """Train from the last whole checkpoint to the end, if nothing happens."""
+    """Train from the last complete checkpoint to the end, unless the process is killed."""
     tell.send(("start",))
     torch.save = write_in_halves(torch.save, tell)
     transformers.modeling_utils.safe_save_file = write_in_halves(transformers.modeling_utils.safe_save_file, tell)
@@ -151,7 +156,7 @@ def train(folder: Path, output: Path, tell: Connection) -> None:
 
 
 def fill_disk(folder: Path, output: Path, tell: Connection, limit: int | None = None) -> None:
-    """Train until a checkpoint cannot be written, and tell the error."""
+    """Train until a checkpoint cannot be written, and report the error."""
     try:
         resuming.train(make_trainer(folder, output, [DiskFills(limit)]))
     except OSError as error:
@@ -159,7 +164,7 @@ def fill_disk(folder: Path, output: Path, tell: Connection, limit: int | None = 
 
 
 def convert(source: Path, target: Path, tell: Connection, size: int) -> None:
-    """Convert a checkpoint, with files limited to a size, and tell the error."""
+    """Convert a checkpoint with a limit on the size of files, and report the error."""
     limit_files(size)
     try:
         convert_checkpoint(source, target)
@@ -169,15 +174,15 @@ def convert(source: Path, target: Path, tell: Connection, size: int) -> None:
 
 @dataclass
 class Story:
-    """What has happened in a training.
+    """The history of a training over all its attempts.
 
     Attributes:
-        lineage: checksums of the rows of step 1, 2, ..., of all steps that the weights go back to.
-        begun: the step after which each attempt has begun to train.
-        steps: how many have been trained, those that were lost included.
-        in_save: kills between the first and the last thing that saving a checkpoint does.
-        in_file: kills with half of a file written.
-        misleading: kills after which the newest checkpoint was not whole.
+        lineage: checksums of the rows of step 1, 2, ..., for the steps from which the weights result.
+        begun: the step from which each attempt has started or resumed.
+        steps: number of steps that were trained, including steps that a kill has lost.
+        in_save: number of kills while a checkpoint was being saved.
+        in_file: number of kills with half of a file written.
+        misleading: number of kills after which the newest checkpoint was not complete.
     """
 
     lineage: list[list[int]] = field(default_factory=list)
@@ -188,7 +193,7 @@ class Story:
     misleading: int = 0
 
     def add(self, told: list[Event]) -> None:
-        """Add what an attempt has told."""
+        """Add the events of an attempt."""
         for name, *event in told:
             if name == "begin":
                 self.begun.append(event[0])
@@ -199,7 +204,7 @@ class Story:
                 self.steps += 1
 
     def add_kill(self, told: list[Event], output: Path) -> None:
-        """Add an attempt that was killed."""
+        """Add the events of an attempt that was killed."""
         self.add(told)
         name, *event = told[-1]
         self.in_file += name == "half"
@@ -209,7 +214,7 @@ class Story:
 
 
 def start(target: Callable, *args: Any) -> tuple[Any, Connection]:
-    """Start a process, and return it and what it tells."""
+    """Start a process, and return it with the connection through which it reports."""
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=target, args=(*args[:2], sender, *args[2:]))
     process.start()
@@ -218,7 +223,7 @@ def start(target: Callable, *args: Any) -> tuple[Any, Connection]:
 
 
 def told(receiver: Connection) -> Iterator[Event]:
-    """Yield what is left of what a process that is gone has told; its workers may live a little longer."""
+    """Yield the remaining events of a process that has ended; its workers may still be running."""
     while receiver.poll():
         try:
             yield receiver.recv()
@@ -227,7 +232,7 @@ def told(receiver: Connection) -> Iterator[Event]:
 
 
 def run(target: Callable, *args: Any) -> list[Event]:
-    """Let a process come to its end, and return what it has told."""
+    """Run a process to its end, and return its events."""
     process, receiver = start(target, *args)
     events = []
     while process.is_alive() or receiver.poll():
@@ -241,7 +246,7 @@ def run(target: Callable, *args: Any) -> list[Event]:
 
 
 def kill(chance: random.Random, folder: Path, output: Path) -> list[Event]:
-    """Start a training, kill it at a random moment, and return what it has told; many moments are within files."""
+    """Start a training, kill it at a random moment, often within a file, and return its events."""
     process, receiver = start(train, folder, output)
     moments = [("half", chance.randint(1, 12)), ("step", chance.randint(1, 5)), ("", chance.randint(1, 20))]
     kind, left = chance.choice(moments)
@@ -256,9 +261,11 @@ def kill(chance: random.Random, folder: Path, output: Path) -> list[Event]:
 
 
 def main(folder: Path) -> None:
-    """Train once undisturbed and once with kills, and meet full disks."""
+    """Train once without and once with kills, and then with full disks."""
     torch.set_num_threads(1)
-    tiny_model()(tokens(), labels=tokens()).loss.backward()  # what is imported at the first use, once for all
+    tiny_model()(
+        tokens(), labels=tokens()
+    ).loss.backward()  # imports modules that torch loads at first use, before forking
     gc.freeze()
     chance, whole, broken = random.Random(0), Story(), Story()
     for _ in range(KILLS):

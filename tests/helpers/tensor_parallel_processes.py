@@ -1,4 +1,4 @@
-"""What each of two processes does for `test_tensor_parallel.py`: writes what it finds to files beside the models."""
+"""Run tensor-parallel models in each of two processes, for `test_tensor_parallel.py`; write results beside them."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 
 from ..conftest import tokens
 
-HIDDEN = 50  # padding on the left of the first row
+HIDDEN = 50  # number of padding tokens on the left of the first row
 GENERATIONS = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
@@ -25,7 +25,7 @@ GENERATIONS = {
 
 
 def padded() -> dict[str, torch.Tensor]:
-    """Return two rows several times longer than the budget, the first of them padded."""
+    """Return a batch of two rows several times longer than the budget, the first of which is padded."""
     ids = tokens()
     mask = torch.ones_like(ids)
     ids[0, :HIDDEN], mask[0, :HIDDEN] = 0, 0
@@ -33,12 +33,12 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Put the parts of a tensor together that processes hold."""
+    """Return the whole of a tensor whose parts are in several processes."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def predictions(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return logits, the loss and gradients."""
+    """Return the logits, the loss and the gradients of a model, by name."""
     batch = padded()
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     with torch.no_grad():
@@ -53,13 +53,13 @@ def predictions(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def generations(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return what the model writes, with each kind of cache; in float64, so that no tie depends on rounding."""
+    """Return the tokens that a model generates with each kind of cache; use float64, where rounding breaks no ties."""
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     return {kind: model.generate(**padded(), **options, **GENERATIONS[kind]) for kind in GENERATIONS}
 
 
 def heads(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return each layer's attention weights and block means, of the heads that this process has."""
+    """Return the attention weights and block means of the heads that this process has, by layer."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         attentions = model(tokens(), cache=cache, output_attentions=True).attentions
@@ -71,20 +71,20 @@ def heads(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> PreTrainedModel:
-    """Load a model whose weights the processes share."""
+    """Load a model whose weights are divided among the processes."""
     shared = DistributedConfig(**sizes, tp_plan="auto" if not sizes else None)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=shared)
 
 
 def communications(model: PreTrainedModel) -> int:
-    """Return how many collective operations a forward takes."""
+    """Return the number of collective operations of a forward pass."""
     with torch.no_grad(), CommDebugMode() as communication:
         model(tokens())
     return communication.get_total_counts()
 
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
-    """Return what a process finds about a model of ours."""
+    """Return all results of a process for a WhisperLM."""
     model = load(folder)
     found = {"rows of q_proj": torch.tensor(model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0])}
     found["communications"] = torch.tensor(communications(model))

@@ -1,7 +1,7 @@
-"""What every objective of one loss per token must satisfy: its formula, independent rows, bounded memory.
+"""Checks for objectives with one loss per token: their formula, independence of rows, memory, precision.
 
 An objective is called with logits, targets, documents and options. Its reference computes the loss of one position from
-Python lists.
+Python lists. Each check raises an `AssertionError` where the property does not hold.
 """
 
 import functools
@@ -18,7 +18,7 @@ Ids = list[int]
 
 
 def batch(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return logits, targets that repeat often, and documents."""
+    """Return random logits, targets with many repetitions, and documents."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(ROWS, LENGTH, VOCABULARY, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, 3, (ROWS, LENGTH), generator=generator)
@@ -36,12 +36,12 @@ def batch(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
 
 
 def log_not(logits: Tensor, token: int) -> Tensor:
-    """Return `log(1 - p)` of a token, from the logits (`[V]`) of all others."""
+    """Return `log(1 - p)` of a token, from the logits (`[V]`) of all other tokens."""
     return torch.cat([logits[:token], logits[token + 1 :]]).logsumexp(0) - logits.logsumexp(0)
 
 
 def check_formula(objective: Callable, reference: Callable, options: dict[str, Any], kind: str) -> None:
-    """Compare values and gradients of all positions with the formula."""
+    """Check that values and gradients of all positions equal the reference, which follows the formula."""
     logits, targets, documents = batch(kind)
     logits.requires_grad_()
     owners = torch.zeros_like(targets) if documents is None else documents
@@ -53,14 +53,16 @@ def check_formula(objective: Callable, reference: Callable, options: dict[str, A
                 expected[b, t] = reference(*row, t, **options)
     got = objective(logits, targets, documents, **options)
     torch.testing.assert_close(got, expected)
-    assert (expected != 0).sum() > ROWS  # enough of it is compared
-    weights = torch.rand(ROWS, LENGTH, dtype=torch.float64)  # the gradient of each position counts
+    assert (expected != 0).sum() > ROWS  # enough positions have a loss
+    weights = torch.rand(
+        ROWS, LENGTH, dtype=torch.float64
+    )  # different weights, so that each position's gradient is checked
     gradients = [torch.autograd.grad((value * weights).sum(), logits)[0] for value in (got, expected)]
     torch.testing.assert_close(*gradients)
 
 
 def check_rows_do_not_influence_one_another(objective: Callable, options: dict[str, Any], kind: str) -> None:
-    """Compare a batch with its rows alone."""
+    """Check that each row of a batch has the same losses as alone."""
     logits, targets, documents = batch(kind)
     together = objective(logits, targets, documents, **options)
     for b in range(ROWS):
@@ -70,7 +72,7 @@ def check_rows_do_not_influence_one_another(objective: Callable, options: dict[s
 
 
 def check_documents_are_like_rows(objective: Callable, options: dict[str, Any]) -> None:
-    """Compare packed documents with rows of their own."""
+    """Check that packed documents have the same losses as in separate rows."""
     logits, targets, documents = batch("packed")
     together = objective(logits, targets, documents, **options)
     for b, document in ((0, 0), (0, 1), (1, 2), (1, 4), (2, 0)):
@@ -80,7 +82,7 @@ def check_documents_are_like_rows(objective: Callable, options: dict[str, Any]) 
 
 
 def check_prompts_and_padding_have_no_influence(objective: Callable, options: dict[str, Any]) -> None:
-    """Change the logits of positions that do not count, and pad: neither values nor gradients change."""
+    """Check that padding, and the logits of positions without target, change neither values nor gradients."""
     logits, targets, _ = batch("prompts")
     targets[2, -4:] = -100
     changed = logits.where(targets[..., None] >= 0, 1e4 * torch.rand_like(logits)).requires_grad_()
@@ -96,7 +98,7 @@ def check_prompts_and_padding_have_no_influence(objective: Callable, options: di
 
 
 def losses_of_single_tokens(objective: Callable, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Check a row in which nothing counts; return the logits and the loss of a row of one token, 2."""
+    """Check a row without any target; return the logits and the loss of a row whose only token is 2."""
     logits = torch.randn(2, 1, VOCABULARY, requires_grad=True)
     value = objective(logits, torch.tensor([[-100], [2]]), **options)
     assert value.shape == (2, 1)
@@ -106,7 +108,7 @@ def losses_of_single_tokens(objective: Callable, options: dict[str, Any]) -> tup
 
 
 def check_impossible_tokens(objective: Callable) -> None:
-    """Give tokens the logit `-inf`: values and gradients stay finite."""
+    """Check that values and gradients are finite where tokens have the logit `-inf`."""
     logits, targets, _ = batch("plain", torch.float32)
     logits[..., 3:5] = -torch.inf
     targets[0, 0], targets[:, -2] = 1, 2
@@ -122,7 +124,7 @@ def large_allocations(profile: torch.profiler.profile, size: int) -> int:
 
 
 def check_memory(objective: Callable, options: dict[str, Any]) -> None:
-    """Count the tensors as large as the logits: one temporary tensor at most, and the gradient."""
+    """Check that at most one temporary tensor and the gradient are as large as the logits."""
     logits = torch.randn(ROWS, LENGTH, 2000, requires_grad=True)
     _, targets, _ = batch("prompts")
     measure = functools.partial(torch.profiler.profile, activities=[torch.profiler.ProfilerActivity.CPU])
@@ -136,7 +138,7 @@ def check_memory(objective: Callable, options: dict[str, Any]) -> None:
 
 
 def check_half_precision(objective: Callable, options: dict[str, Any]) -> None:
-    """Compute from bfloat16 logits under autocast: the loss is as exact as from float32 logits."""
+    """Check that the loss of bfloat16 logits under autocast is as exact as that loss from float32 logits."""
     logits, targets, documents = batch("packed", torch.bfloat16)
     logits.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,8 +1,8 @@
-"""transformers' own common tests, imported from the source distribution of the installed version.
+"""Import transformers' own common tests from the source distribution of the installed version.
 
-`import transformers` does not bring `tests/` along; the source distribution on PyPI does, but only the files at the top
-of that folder. This module downloads and unpacks it once per version, into `HF_HOME/whisper_hf`, and imports files of
-it as a package. The few modules that they import from sub-folders are replaced by the stand-ins below.
+The installed package does not contain transformers' `tests/`. The source distribution on PyPI contains only the files
+at the top of that folder. This file downloads and unpacks it once per version, into `HF_HOME/whisper_hf`, and imports
+its files as a package. The few modules that they import from subfolders are replaced by the classes below.
 """
 
 import importlib
@@ -23,19 +23,19 @@ PACKAGE = "transformers_common_tests"
 
 
 class SourcesUnavailableError(RuntimeError):
-    """The test sources of the installed transformers cannot be had; the message says why."""
+    """An error for test sources of transformers that cannot be downloaded or stored; the message says why."""
 
 
 class ExportTesterMixin:
-    """In the place of `tests/exporters/test_export.py`: torch.export, ONNX and ExecuTorch; no test of it runs."""
+    """A replacement for the mixin of `tests/exporters/test_export.py` (export to other formats), without tests."""
 
 
 class GenerationTesterMixin:
-    """In the place of `tests/generation/test_utils.py`: `generate`; no test of it runs."""
+    """A replacement for the mixin of `tests/generation/test_utils.py` (`generate`), without tests."""
 
 
-# In the place of `tests/utils/test_configuration_utils.py`: each common field of a config, with a value that is not the
-# default, for a test that they all reach the config.
+# A replacement for the table in `tests/utils/test_configuration_utils.py`: the common fields of a config with values
+# other than the defaults, for a test that all of them reach the config.
 CONFIG_COMMON_KWARGS: dict[str, Any] = {
     "architectures": ["SomeModel"],
     "chunk_size_feed_forward": 7,
@@ -56,7 +56,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def import_common_tests(*names: str) -> list[ModuleType]:
-    """Import files of transformers' `tests/` by name, downloading them where needed.
+    """Import files of transformers' `tests/` by name, after downloading them if needed.
 
     Raises:
         SourcesUnavailableError: the source distribution cannot be downloaded or stored.
@@ -66,7 +66,9 @@ def import_common_tests(*names: str) -> list[ModuleType]:
         _add_package(f"{PACKAGE}.{name.partition('.')[0]}", search=[])
         vars(_add_package(f"{PACKAGE}.{name}", search=[])).update(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # marks of transformers' own test runs
+        warnings.simplefilter(
+            "ignore", pytest.PytestUnknownMarkWarning
+        )  # transformers' tests have marks that are not registered here
         return [importlib.import_module(f"{PACKAGE}.{name}") for name in names]
 
 
@@ -89,7 +91,7 @@ def sources_directory() -> Path:
 
 
 def _download(version: str, directory: Path) -> Path:
-    """Download the source distribution with pip, which knows the user's index, mirror and proxy."""
+    """Download the source distribution with pip, which uses the configured index, mirror and proxy."""
     command = [sys.executable, "-m", "pip", "download", f"transformers=={version}", "--no-deps", "--quiet"]
     command += ["--no-binary", "transformers", "--dest", str(directory), "--retries", "1", "--timeout", "60"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -101,7 +103,7 @@ def _download(version: str, directory: Path) -> Path:
 
 
 def _unpack_tests(archive: Path, directory: Path) -> None:
-    """Unpack the `tests/` folder of a source distribution next to it, and move it to `directory`."""
+    """Unpack the `tests/` folder of a source distribution beside it, and move the folder to `directory`."""
     prefix = f"{archive.name.removesuffix('.tar.gz')}/tests"
     with tarfile.open(archive) as source:
         members = [member for member in source if member.name.startswith(f"{prefix}/")]
@@ -110,13 +112,13 @@ def _unpack_tests(archive: Path, directory: Path) -> None:
     (unpacked / "__init__.py").touch()  # `test_configuration_common` loads it by its path
     try:
         unpacked.rename(directory)
-    except OSError:  # another run was faster
+    except OSError:  # another process has written it in the meantime
         if not directory.is_dir():
             raise
 
 
 def _add_package(name: str, search: list[str]) -> ModuleType:
-    """Put an empty package in `sys.modules`, with the folders in which its submodules are found."""
+    """Add an empty package to `sys.modules` that finds its submodules in the given folders."""
     package = ModuleType(name)
     package.__path__ = search
     sys.modules[name] = package

@@ -36,7 +36,7 @@ resources: dict[str, dict[str, int]] = {}
 
 
 def compile_instead(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
-    """Compile a kernel for the arguments that it would have been launched with."""
+    """Compile a kernel for its arguments, and record its resources, instead of launching it."""
     name = self.fn.__name__
     if name in resources:
         return

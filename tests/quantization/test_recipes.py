@@ -350,7 +350,7 @@ def test_merge_refuses_what_it_would_get_wrong(folders, trained, tmp_path) -> No
         merge_adapter(adapter, target, base=untied)
     with pytest.raises(ValueError, match="not quantized; use peft's own merge_and_unload"):
         merge_adapter(lora(load(untied)), target)
-    with pytest.raises(ValueError, match="not trained in int8-cpu, which is for inference"):
+    with pytest.raises(ValueError, match="must be one for training, got int8-cpu, which is for inference"):
         merge_adapter(adapter, target, base=untied, recipe="int8-cpu")
     with pytest.raises(ValueError, match="leave out base, recipe"):
         merge_adapter(live, target, recipe="nf4")

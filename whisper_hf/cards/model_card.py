@@ -1,4 +1,4 @@
-"""Model cards whose numbers come from results files.
+"""Write model cards whose settings come from the model and whose numbers come from results files.
 
 card = model_card(model, "results.json", name="tiny-sparse", license="apache-2.0", commands="python train.py")
 card.save(folder / "README.md")  # and push the folder
@@ -21,16 +21,22 @@ from ..model.configuration_whisper_lm import MASKED_SPARSE_ATTENTION, WhisperLMC
 from ..quantization.int8_linear import METHOD
 from .results import Record, Results, check_line, load_results
 
-TEMPLATE = Path(__file__).with_name("template.md")  # to which model_cards/template.md is a link
-MISSING = "-"
+TEMPLATE = Path(__file__).with_name("template.md")  # model_cards/template.md is a link to this file
+MISSING = "-"  # in a cell of a table: not measured
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
-_NUMBER = re.compile(r"(?<!\w)\d[\d.,]*")  # but not those of names such as int8
+_NUMBER = re.compile(r"(?<!\w)\d[\d.,]*")  # not the digits in names such as int8
 
 
 @dataclass(frozen=True)
 class Table:
-    """The records of one task: models beside one another."""
+    """A table of the records of one task, with one column per model.
+
+    Args:
+        title: the task.
+        caption: what all rows share, such as the dataset.
+        markdown: the table, as Markdown.
+    """
 
     title: str
     caption: str
@@ -50,28 +56,28 @@ def model_card(
     datasets: str | Sequence[str] = (),
     limits: Sequence[str] = (),
 ) -> ModelCard:
-    """Write the card of a model; settings are read from the model, and measured numbers from files.
+    """Write the card of a model: its settings are read from the model, and measured numbers from results files.
 
     Args:
         model: a WhisperLM for causal language modeling, quantized or not.
-        results: one or more results files (`whisper_hf.cards.results` describes them). Each task in them becomes a
-            table, in which every model of the files has a column; the values of this model become the card's
-            `model-index`.
-        name: of the model, as it is called in the files.
-        license: the Hub's identifier, such as "apache-2.0".
-        commands: what made the model, in order, to be typed again.
-        repo_id: where the model will be found; its name if left out.
-        base_model: Hub id or ids of what it was made from.
-        language: code or codes, such as "en".
-        datasets: Hub ids of what it was trained on.
+        results: one or more results files (`whisper_hf.cards.results` describes the format). Each task in them becomes
+            a table with a column for each model in the files. The values of this model become the card's `model-index`.
+        name: name of the model in the results files.
+        license: the Hub's identifier of the licence, such as "apache-2.0".
+        commands: the commands that made the model, in order, as they are to be typed.
+        repo_id: Hub id under which the model will be published; `name` if left out.
+        base_model: Hub id or ids of the models from which this one was made.
+        language: language code or codes, such as "en".
+        datasets: Hub ids of the training data.
         limits: lines for the section on limits. They may repeat a number of the tables or settings, and no other.
 
     Returns:
         The card, to be saved as `README.md` beside the weights before the folder is pushed.
 
     Raises:
-        ValueError: another model, a results file that is missing or wrong, two values for one measurement, no value of
-            this model, a number without a source, or metadata that the Hub does not know.
+        ValueError: a model of another kind, a results file that is missing or malformed, two values for one
+            measurement, no value of this model, a number in `limits` that no table or setting shows, or metadata that
+            the Hub does not accept.
     """
     _check_model(model)
     files = _load(results)
@@ -79,9 +85,12 @@ def model_card(
     own = [record for record in records if record.model == name]
     if not own:
         models = sorted({record.model for record in records})
-        raise ValueError(f"no record in the results files is of the model {name!r}; they measure {models}")
+        raise ValueError(
+            f"no record in the results files is of the model {name!r}; they measure {models}; pass one of these"
+        )
     repo_id = name if repo_id is None else repo_id
-    bases, sources = _names(base_model or ()), _names(datasets)
+    bases = _names(base_model or ())
+    sources = _names(datasets)
     _check_metadata(license, _names(language), _names(commands), [repo_id, *bases, *sources])
     tables = [_table(task, records, name) for task in dict.fromkeys(record.task for record in records)]
     settings = _settings(model, bases)
@@ -115,10 +124,12 @@ def model_card(
 
 
 def _names(value: str | Iterable[str]) -> list[str]:
+    """Return a list of names, also for a single name."""
     return [value] if isinstance(value, str) else list(value)
 
 
 def _check_model(model: Any) -> None:
+    """Raise a `ValueError` for anything but a whole WhisperLM for causal language modeling."""
     config = getattr(model, "config", None)
     is_whisper_lm = getattr(config, "model_type", None) == WhisperLMConfig.model_type
     if not isinstance(model, PreTrainedModel) or not is_whisper_lm or not type(model).__name__.endswith("ForCausalLM"):
@@ -131,34 +142,39 @@ def _check_model(model: Any) -> None:
 
 
 def _check_metadata(license: str, languages: list[str], commands: list[str], identifiers: list[str]) -> None:
+    """Raise a `ValueError` for metadata that the Hub does not accept, or for missing commands."""
     for identifier in identifiers:
         validate_repo_id(identifier)
     if not _IDENTIFIER.fullmatch(license):
-        raise ValueError(f"license must be an identifier of the Hub such as 'apache-2.0', got {license!r}")
+        raise ValueError(
+            f"license must be an identifier of the Hub such as 'apache-2.0', got {license!r}; see the Hub's list"
+        )
     for code in languages:
         if not _LANGUAGE.fullmatch(code):
-            raise ValueError(f"language must be codes such as 'en', 'code' or 'multilingual', got {code!r}")
+            raise ValueError(
+                f"language must be codes such as 'en', 'code' or 'multilingual', got {code!r}; use ISO 639"
+            )
     if not commands or not all(command.strip() for command in commands):
-        raise ValueError(f"commands must say how the model was made, got {commands!r}")
+        raise ValueError(f"commands must say how the model was made, got {commands!r}; pass the command lines")
 
 
 def _load(results: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Results]:
-    """Read all files, and see to it that they do not contradict one another."""
+    """Read all results files, and refuse files that share a name or a measurement."""
     paths = [results] if isinstance(results, str | os.PathLike) else list(results)
     if not paths:
-        raise ValueError("a card needs at least one results file, got none")
+        raise ValueError("a card needs at least one results file, got none; write one with save_results")
     files = [load_results(path) for path in paths]
     seen: dict[Any, str] = {}
     for file in files:
         for key in (file.file, *(record.what for record in file.records)):
             if key in seen:
-                raise ValueError(f"{key} is in {seen[key]!r} and again in {file.file!r}; name each once")
+                raise ValueError(f"{key} is in {seen[key]!r} and again in {file.file!r}; pass each only once")
             seen[key] = file.file
     return files
 
 
 def _settings(model: PreTrainedModel, bases: list[str]) -> list[tuple[str, str]]:
-    """Describe a model by its config: pairs of a name and a value."""
+    """Describe the settings of a model as pairs of a name and a value, from its config."""
     config, sparse = model.config, model.config.sparse_attention
     layers = config.layer_types.count(MASKED_SPARSE_ATTENTION)
     shown = [("made from", ", ".join(f"`{base}`" for base in bases))] if bases else []
@@ -180,7 +196,7 @@ def _settings(model: PreTrainedModel, bases: list[str]) -> list[tuple[str, str]]
 
 
 def _quantization(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what a quantized model's config says, the method first; empty if it is not quantized."""
+    """Return the quantization settings of a model, with the method first; empty if the model is not quantized."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return {}
@@ -191,25 +207,28 @@ def _quantization(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _count(model: PreTrainedModel) -> int:
-    """Count the parameters that the model has in full precision; quantized ones are packed."""
+    """Count the parameters that a model has in full precision; quantized tensors may pack several into one number."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in type(model)(copy.deepcopy(model.config)).parameters())
 
 
 def _show(value: int | float) -> str:
-    """Write a number for people: four digits, or whole numbers in full."""
+    """Format a number for reading: with four significant digits, or in full if it is whole or at least 1,000."""
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _described(record: Record) -> dict[str, str]:
-    """Return what a value depends on, apart from the model, and exactly."""
+    """Describe, by name, what the value of a record depends on except the model: dataset, metric, settings."""
     metric = f"{record.metric} ({record.unit})" if record.unit else record.metric
     settings = {name: f"{value:,}" if type(value) is int else str(value) for name, value in record.settings.items()}
     return {"dataset": record.dataset, "metric": metric, **settings}
 
 
 def _table(task: str, records: list[Record], name: str) -> Table:
-    """Lay out the records of a task: a row for each metric and setting, a column for each model."""
+    """Make the table of a task: a row for each metric and setting, and a column for each model.
+
+    Columns of settings whose value is the same in all rows go into the caption.
+    """
     records = [record for record in records if record.task == task]
     models = list(dict.fromkeys(record.model for record in records))
     rows: dict[tuple[Any, ...], tuple[dict[str, str], dict[str, str]]] = {}
@@ -228,7 +247,7 @@ def _table(task: str, records: list[Record], name: str) -> Table:
 
 
 def _check_backed(limits: Sequence[str], tables: list[Table], settings: list[tuple[str, str]]) -> None:
-    """Refuse a number in prose that the card does not show elsewhere."""
+    """Raise a `ValueError` for a number in the limits that no table or setting of the card shows."""
     texts = [*(f"{table.caption} {table.markdown}" for table in tables), *(value for _, value in settings)]
     backed = {number.rstrip(".,") for text in texts for number in _NUMBER.findall(text)}
     for limit in limits:
@@ -237,15 +256,16 @@ def _check_backed(limits: Sequence[str], tables: list[Table], settings: list[tup
         ]
         if unbacked:
             raise ValueError(
-                f"the limit {limit!r} has {unbacked}, which no results file backs in this form; "
-                "put it into one, or say it without the number"
+                f"the limit {limit!r} has {unbacked}, which no results file backs in this form; add the number to a "
+                "results file, or leave it out of the limit"
             )
 
 
 def _evaluation(record: Record) -> EvalResult:
-    """Turn a record into an entry of the model-index."""
+    """Return a record as an entry of the model-index, the Hub's metadata for measured values."""
     described = _described(record)
-    dataset, metric = described.pop("dataset"), described.pop("metric")
+    dataset = described.pop("dataset")
+    metric = described.pop("metric")
     settings = [f"{name} {value}" for name, value in described.items()]
     return EvalResult(
         task_type="text-generation",

@@ -1,20 +1,20 @@
-"""Results files: what was measured, by which command, on what; the only source of numbers in a model card.
+"""Read and write results files, which are the only source of numbers in a model card.
 
-A results file is JSON:
+A results file says what was measured, by which command and on which device. It is JSON:
 
     {
-      "command": "python measure.py --length 8192",      what produced the records, to be typed again
+      "command": "python measure.py --length 8192",      the command that produced the records
       "device": "one core of an AMD EPYC",
       "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
       "records": [
         {
           "model": "tiny-sparse",                         what was measured: a model, its teacher, human text, ...
-          "task": "perplexity by length",                 records of one task share a table
+          "task": "perplexity by length",                 the records of one task share a table
           "dataset": "user/novels",                       Hub id, or a name
           "metric": "perplexity",
           "value": 21.5,
           "unit": "nats/token",                           optional
-          "settings": {"length": 8192}                    optional: what else the value depends on
+          "settings": {"length": 8192}                    optional: anything else that the value depends on
         }
       ]
     }
@@ -35,19 +35,20 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True)
 class Record:
-    """One measured value.
+    """One measured value, with all that it depends on.
 
     Args:
-        model (`str`): what was measured: a model, its teacher, human text.
-        task (`str`): what it was measured by; records of one task share a table.
-        dataset (`str`): on which data, a Hub id or a name.
-        metric (`str`): name of the value.
-        value (`int` or `float`): finite.
-        unit (`str`, *optional*): of the value, such as `"MB"`; for ratios and the like there is none.
-        settings (`dict`, *optional*): what else the value depends on, such as `{"length": 8192}`; scalars by name.
+        model (`str`): the subject of the measurement, such as a model, its teacher or human text.
+        task (`str`): the kind of measurement; the records of one task share a table.
+        dataset (`str`): the data, by Hub id or name.
+        metric (`str`): name of the measured quantity.
+        value (`int` or `float`): the measured value, finite.
+        unit (`str`, *optional*): unit of the value, such as `"MB"`; `None` for ratios and other numbers without a unit.
+        settings (`dict`, *optional*): anything else that the value depends on, such as `{"length": 8192}`; scalars by
+            name.
 
     Raises:
-        ValueError: a value that is missing, not finite or of another type.
+        ValueError: a field that is empty, of another type or (for numbers) not finite.
     """
 
     model: str
@@ -65,10 +66,14 @@ class Record:
             check_line("the record's unit", self.unit)
         _check_number(f"the value of {self.metric!r} of {self.model!r}", self.value)
         if not isinstance(self.settings, dict):
-            raise ValueError(f"a record's settings must be a dict of scalars, got {self.settings!r}")
+            raise ValueError(
+                f"a record's settings must be a dict of scalars, got {self.settings!r}; leave it out for {{}}"
+            )
         for name, value in self.settings.items():
             if check_line("the name of a setting", name) in ("dataset", "metric"):
-                raise ValueError(f"a setting cannot be called {name!r}, as the record has that already; rename it")
+                raise ValueError(
+                    f"a setting cannot be called {name!r}, as the record has this field already; rename it"
+                )
             if isinstance(value, str):
                 check_line(f"the setting {name!r}", value)
             elif not isinstance(value, bool):
@@ -76,21 +81,21 @@ class Record:
 
     @property
     def what(self) -> tuple[Any, ...]:
-        """All but the value: no two records may share it."""
+        """The identity of a measurement: all fields but the value, which no two records may share."""
         return (self.model, self.task, self.dataset, self.metric, self.unit, *sorted(self.settings.items()))
 
 
 @dataclass(frozen=True)
 class Results:
-    """What one file holds.
+    """The content of one results file.
 
     Args:
-        file (`str`): its name, without folders.
-        sha256 (`str`): of its bytes, hexadecimal.
-        command (`str`): what produced it.
-        device (`str`): on what.
-        versions (`dict[str, str]`): of the packages that matter.
-        records (`tuple[Record, ...]`): at least one.
+        file (`str`): name of the file, without folders.
+        sha256 (`str`): hash of the file's bytes, hexadecimal.
+        command (`str`): the command that produced the records.
+        device (`str`): the device on which they were measured.
+        versions (`dict[str, str]`): versions of the packages that were used, by package.
+        records (`tuple[Record, ...]`): the measured values, at least one.
     """
 
     file: str
@@ -102,10 +107,10 @@ class Results:
 
 
 def load_results(path: str | os.PathLike) -> Results:
-    """Read a results file.
+    """Read and validate a results file.
 
     Raises:
-        ValueError: it is not there, not JSON, or does not follow the schema; the message says where.
+        ValueError: a file that does not exist, is not JSON, or does not follow the schema; the message says where.
     """
     path = Path(path)
     try:
@@ -114,7 +119,7 @@ def load_results(path: str | os.PathLike) -> Results:
         head, records = _checked(found)
     except OSError as error:
         raise ValueError(f"no results file can be read at {str(path)!r}: {error.strerror}; measure first") from error
-    except ValueError as error:  # what json raises is one, too
+    except ValueError as error:  # the errors of `json` are `ValueError`s too
         raise ValueError(f"the results file {str(path)!r} cannot back a card: {error}") from error
     return Results(path.name, hashlib.sha256(content).hexdigest(), records=records, **head)
 
@@ -125,15 +130,15 @@ def save_results(
     """Write a results file, with the versions of this package, torch and transformers.
 
     Args:
-        path: of the file; its folder must exist.
-        records: what was measured.
-        command: what produced them, as it must be typed again.
-        device: on what they were measured.
+        path: the file to write; its folder must exist.
+        records: the measured values, as records or as dicts of their fields.
+        command: the command that produced them, as it is to be typed.
+        device: the device on which they were measured.
 
     Raises:
-        ValueError: anything that `load_results` would not take; nothing is written then.
+        ValueError: content that `load_results` would refuse; no file is written then.
     """
-    from .. import __version__  # not at the top: the package loads this file
+    from .. import __version__  # imported here, since the package imports this file
 
     versions = {"whisper_hf": __version__, **{name: version(name) for name in ("torch", "transformers")}}
     rows = [asdict(record) if isinstance(record, Record) else record for record in records]
@@ -143,55 +148,58 @@ def save_results(
 
 
 def check_line(what: str, value: Any) -> str:
-    """Return a text that fits into a table's cell.
+    """Return a text, after checking that it fits into a cell of a Markdown table.
 
     Raises:
-        ValueError: it is empty, has several lines or a `|`, or is no text.
+        ValueError: a value that is not a string, is empty, has several lines or contains `|`.
     """
     if not isinstance(value, str) or not value.strip() or "|" in value or len(value.splitlines()) != 1:
-        raise ValueError(f"{what} must be a line of text without '|', got {value!r}")
+        raise ValueError(f"{what} must be a line of text without '|', got {value!r}; rewrite it")
     return value
 
 
 def _check_number(what: str, value: Any) -> None:
+    """Raise a `ValueError` for a value that is not a finite integer or float."""
     is_finite = math.isfinite(value) if isinstance(value, float) else type(value) is int
     if not is_finite:
         raise ValueError(f"{what} must be a finite number, got {value!r}; measure it again, or leave the record out")
 
 
 def _checked(found: Any) -> tuple[dict[str, Any], tuple[Record, ...]]:
-    """Return the head and the records of what a file holds."""
-    _check_names("it", found, required=("command", "device", "versions", "records"))
+    """Validate the content of a results file, and return its head (all but the records) and its records."""
+    _check_names("the file", found, required=("command", "device", "versions", "records"))
     head = {"command": found["command"], "device": check_line("the device", found["device"])}
     if not isinstance(head["command"], str) or not head["command"].strip():
-        raise ValueError(f"command must be what produced the records, got {head['command']!r}")
+        raise ValueError(f"command must be what produced the records, got {head['command']!r}; write the command line")
     versions = found["versions"]
     if not isinstance(versions, dict) or not versions:
-        raise ValueError(f"versions must map packages to their versions, got {versions!r}")
+        raise ValueError(f"versions must map packages to their versions, got {versions!r}; name at least one")
     head["versions"] = {check_line("a package", name): check_line("a version", of) for name, of in versions.items()}
     if not isinstance(found["records"], list) or not found["records"]:
-        raise ValueError(f"records must be a list of at least one record, got {found['records']!r}")
+        raise ValueError(f"records must be a list of at least one record, got {found['records']!r}; measure first")
     names = [field.name for field in fields(Record)]
     records: dict[tuple[Any, ...], Record] = {}
     for number, entry in enumerate(found["records"]):
         try:
-            _check_names("it", entry, required=names[:5], optional=names[5:])
+            _check_names("the record", entry, required=names[:5], optional=names[5:])
             record = Record(**entry)
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from error
         if record.what in records:
-            raise ValueError(f"record {number} measures the same as another, {record.what}; keep one of them")
+            raise ValueError(f"record {number} measures the same as another, {record.what}; keep only one of the two")
         records[record.what] = record
     return head, tuple(records.values())
 
 
 def _check_names(what: str, found: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raise a `ValueError` for anything but a dict with all required names, and no unknown ones."""
     if not isinstance(found, dict):
-        raise ValueError(f"{what} must be an object of JSON, got {type(found).__name__}")
+        raise ValueError(f"{what} must be a JSON object, got {type(found).__name__}; write it in {{}}")
     missing = [name for name in required if name not in found]
     unknown = sorted(set(found) - {*required, *optional})
     if missing or unknown:
+        may_have = f", and may have {', '.join(optional)}" if optional else ""
         raise ValueError(
-            f"{what} must have {', '.join(required)}{', and may have ' if optional else ''}{', '.join(optional)}; "
-            f"missing: {missing}, unknown: {unknown}"
+            f"{what} must have {', '.join(required)}{may_have}, got missing: {missing}, unknown: {unknown}; "
+            "add or remove these"
         )

@@ -1,8 +1,7 @@
-"""Weights of 8 or 4 bits: named recipes, a command that applies them, and what makes up for the loss.
+"""Quantize models to 8 or 4 bits by named recipes, and reduce the loss that quantization causes.
 
-A recipe is a config object and nothing more: `from_pretrained(..., quantization_config=recipe("nf4"))` is all that is
-needed to use one, for any model. What stays in high precision is what transformers keeps: the output head (tied or
-not), embeddings and norms.
+A recipe is a config object: `from_pretrained(..., quantization_config=recipe("nf4"))` applies it to any model. The
+output head (tied or not), the embeddings and the norms stay in high precision, which is the default of transformers.
 """
 
 from .compensation import compensate

@@ -1,4 +1,7 @@
-"""LoRA adapters that start by making up for quantization, before anything is trained."""
+"""Initialise a LoRA adapter such that it corrects the errors of a quantized model, before any training.
+
+Legend: `O` output features, `I` input features, `r` rank of the adapter.
+"""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -14,24 +17,28 @@ if TYPE_CHECKING:
 
 
 def compensate(adapter: "PeftModel", original: PreTrainedModel, calibration: Iterable) -> "PeftModel":
-    """Start an adapter on a quantized model as the best correction of its rank, in place.
+    """Initialise a LoRA adapter on a quantized model as the best correction of its rank, in place.
 
-    A layer's weight `W` became `Q`. Its adapter becomes the matrix `C` of rank `r` for which `(W - Q - C) x` is least
-    in the mean square over calibration tokens, their features `x` taken as uncorrelated: the truncated singular value
-    decomposition of `(W - Q) diag(rms(x))`, as in LQER (https://arxiv.org/abs/2402.02446) and QERA
-    (https://arxiv.org/abs/2410.06040). Layers that are not quantized keep the adapter they have.
+    Let `W` be the weight of a layer before quantization and `Q` the weight after it, both `[O, I]`. Let `x` be the
+    layer's inputs on the calibration tokens. The adapter of the layer becomes
+
+        C = argmin mean_x |(W - Q - C) x|^2  over the matrices of rank r.
+
+    The features of `x` are assumed to be uncorrelated. Then `C` is the truncated singular value decomposition of
+    `(W - Q) diag(rms(x))`, times `diag(rms(x))^-1`, as in LQER (https://arxiv.org/abs/2402.02446) and QERA
+    (https://arxiv.org/abs/2410.06040). Adapters on layers that are not quantized do not change.
 
     Args:
-        adapter: a new LoRA adapter of peft on the quantized model, one and active.
+        adapter: a new LoRA adapter of peft on the quantized model; it must be the only active one.
         original: the model before quantization.
         calibration: token ids, as in [`student_from`]; a thousand tokens suffice.
 
     Returns:
-        the adapter.
+        the same adapter.
 
     Raises:
-        ValueError: an adapter that has been trained, is not LoRA, uses DoRA, or adapts nothing that is quantized; an
-            original of other layers; or malformed calibration.
+        ValueError: an adapter that has been trained, is not LoRA, uses DoRA, or is on no quantized layer; an original
+            whose layers have other names or shapes; or malformed calibration tokens.
     """
     decoder_layers(original)
     layers = _quantized_lora_layers(adapter)
@@ -45,14 +52,17 @@ def compensate(adapter: "PeftModel", original: PreTrainedModel, calibration: Ite
 
 
 def _quantized_lora_layers(adapter: Any) -> dict[str, Any]:
-    """Return the layers to correct by their names in the base model."""
+    """Return the quantized layers with a LoRA adapter, by their names in the base model."""
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(adapter, PeftModel) or not isinstance(adapter.active_peft_config, LoraConfig):
-        raise ValueError(f"expected a LoRA adapter of peft, got {type(adapter).__name__}; see get_peft_model")
+        raise ValueError(f"expected a LoRA adapter of peft, got {type(adapter).__name__}; make one by get_peft_model")
     if len(adapter.active_adapters) != 1 or adapter.active_peft_config.use_dora:
-        raise ValueError(f"expected one active adapter, without DoRA, got {adapter.active_adapters}")
+        raise ValueError(
+            f"expected one active adapter, without DoRA, got {adapter.active_adapters} with "
+            f"use_dora={adapter.active_peft_config.use_dora}; make a new one by get_peft_model"
+        )
     (active,) = adapter.active_adapters
     layers: dict[str, Any] = {
         name: module
@@ -60,20 +70,26 @@ def _quantized_lora_layers(adapter: Any) -> dict[str, Any]:
         if isinstance(module, LoraLayer) and active in module.lora_A and _is_quantized(module.get_base_layer())
     }
     if not layers:
-        raise ValueError("expected an adapter on quantized linear layers, got none; load the base in a recipe")
+        raise ValueError("expected an adapter on quantized linear layers, got none; load the base with a recipe")
     trained = [name for name, module in layers.items() if module.lora_B[active].weight.any()]
     if trained:
-        raise ValueError(f"expected a new adapter, which changes nothing, got one that does in {trained[0]}")
+        raise ValueError(
+            f"expected a new adapter, whose lora_B is zero, got one that was trained in {trained[0]}; make a new one "
+            "by get_peft_model"
+        )
     return layers
 
 
 def _is_quantized(layer: nn.Module) -> bool:
+    """Return whether the weight of a layer is stored as integers."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, Tensor) and not weight.is_floating_point()
 
 
 def _original_layer(modules: dict[str, nn.Module], name: str, layer: Any) -> nn.Linear:
-    linear, sizes = modules.get(name), (layer.out_features, layer.in_features)
+    """Return the full-precision linear layer from which a quantized layer was made."""
+    linear = modules.get(name)
+    sizes = (layer.out_features, layer.in_features)
     if not isinstance(linear, nn.Linear) or _is_quantized(linear) or linear.weight.shape != sizes:
         raise ValueError(
             f"the original must have the full-precision linear layer {name} of shape {sizes}, got {linear}; pass the "
@@ -84,15 +100,24 @@ def _original_layer(modules: dict[str, nn.Module], name: str, layer: Any) -> nn.
 
 @torch.no_grad()
 def _correct(layer: Any, weight: Tensor, scale: Tensor) -> None:
-    """Let the adapter of a layer stand for the error of its weight, `[O, I]`; `scale`, `[I]`, float32, is the rms."""
+    """Set the adapter of a quantized layer to the best correction of its weight, in place.
+
+    Args:
+        layer: the quantized layer with its LoRA adapter.
+        weight: `[O, I]`, the weight before quantization.
+        scale: `[I]`, float32, the root mean square of each input feature.
+    """
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     (active,) = layer.active_adapters
-    down, up = layer.lora_A[active].weight, layer.lora_B[active].weight  # [r, I], [O, r]
+    down = layer.lora_A[active].weight  # [r, I]
+    up = layer.lora_B[active].weight  # [O, r]
     base = layer.get_base_layer()
     quantized = dequantize_bnb_weight(base.weight, getattr(base, "state", None))
     error = weight.float() - quantized.to(weight.device).float()
-    scale = scale.clamp_min(scale.max() * 1e-4)  # features that calibration never saw
+    scale = scale.clamp_min(
+        scale.max() * 1e-4
+    )  # a feature that is zero in the calibration tokens must not divide by zero
     left, values, right = torch.linalg.svd(error * scale, full_matrices=False)
     rank = min(len(down), len(values))
     roots = values[:rank].div(layer.scaling[active]).sqrt()

@@ -1,4 +1,4 @@
-"""Adapters that were trained on quantized weights, merged into the dequantized ones."""
+"""Merge adapters that were trained on a quantized model into its dequantized weights."""
 
 import copy
 import os
@@ -25,33 +25,39 @@ def merge_adapter(
     max_shard_size: str | int = "50GB",
     **hub_kwargs: Any,
 ) -> None:
-    """Merge an adapter that was trained on a quantized base into the dequantized base, and write the dense checkpoint.
+    """Merge an adapter trained on a quantized base into the dequantized base, and write the result.
 
-    Merging in place would round the sum to the base's few bits again and lose much of what was learnt. The weights to
-    which the adapter was fitted are the dequantized ones, not those before quantization.
+    Merging in place would round the sum to the few bits of the base again and lose much of what was learnt. The adapter
+    was fitted to the dequantized weights, not to the weights before quantization, so it is added to the former. The
+    result is a checkpoint in full precision.
 
     Args:
-        adapter: folder or Hub id of an adapter of peft; or a `PeftModel` with one active adapter, which stays as it is.
-        target: the folder to write; it must not exist, or be empty. Gets the tokenizer of the adapter's folder, or else
-            of the base; of a `PeftModel` none.
-        base: folder or Hub id of the base; by default the one that the adapter names, in the revision it names.
-        recipe: in which the base was loaded for training, where its checkpoint is in full precision.
-        dtype: of the result; by default that of the base outside its quantized layers.
-        device: where to load a base and merge, in memory for the whole dense model; a `PeftModel` stays where it is.
-        max_shard_size: largest file of weights.
-        hub_kwargs: for loading the base, such as `revision` or `trust_remote_code`.
+        adapter: folder or Hub id of an adapter of peft; or a `PeftModel` with one active adapter, which does not
+            change.
+        target: the folder to write; it must not exist, or be empty. It gets the tokenizer of the adapter's folder, or
+            else of the base; for a `PeftModel` it gets no tokenizer.
+        base: folder or Hub id of the base; by default the base and revision that the adapter names.
+        recipe: the recipe with which the base was loaded for training, if its checkpoint is in full precision.
+        dtype: dtype of the result; by default the dtype of the base outside its quantized layers.
+        device: where to load the base and merge; its memory must hold the whole dense model. A `PeftModel` is merged on
+            the device it is on.
+        max_shard_size: largest size of one file of weights.
+        hub_kwargs: options for loading the base, such as `revision` or `trust_remote_code`.
 
     Raises:
-        ValueError: a target that holds something, a base that is not quantized (or a recipe for one that is, or one for
-            inference alone), more than one active adapter, one that cannot be merged or that changes tied embeddings,
-            or 4-bit weights that bitsandbytes has rearranged (see [`disable_cpu_repacking`]).
+        ValueError: a target folder that is not empty; a base that is not quantized; a recipe for a base that is
+            quantized already, or the recipe `int8-cpu`, which is for inference; more than one active adapter, or an
+            adapter that cannot be merged or that changes tied embeddings; or 4-bit weights that bitsandbytes has
+            rearranged (see [`disable_cpu_repacking`]).
     """
     from peft import PeftModel
 
     is_live = isinstance(adapter, PeftModel)
     if is_live:
         if base is not None or recipe is not None or hub_kwargs:
-            raise ValueError("a PeftModel has its base already; leave out base, recipe and options for loading")
+            raise ValueError(
+                "a PeftModel has its base already, got options for loading one; leave out base, recipe and the options"
+            )
         _refuse_unmergeable(adapter)
         quantization: dict[str, Any] = {}
     else:
@@ -79,27 +85,36 @@ def merge_adapter(
 
 
 def _refuse_unmergeable(adapter: Any) -> None:
-    """Refuse a live model that cannot be merged, before it is copied."""
+    """Refuse a `PeftModel` that cannot be merged, before it is copied."""
     refuse_repacked(adapter)
     if len(adapter.active_adapters) != 1:
-        raise ValueError(f"expected one active adapter, got {adapter.active_adapters}; see set_adapter")
+        raise ValueError(f"expected one active adapter, got {adapter.active_adapters}; choose one by set_adapter")
     if adapter.active_peft_config.is_prompt_learning:
-        raise ValueError(f"an adapter of prompts cannot be merged, got {adapter.active_peft_config.peft_type}")
+        raise ValueError(
+            f"expected an adapter of weights, got {adapter.active_peft_config.peft_type}, a learnt prompt, which "
+            "cannot be merged; use the adapter with its base"
+        )
     if not getattr(adapter.get_base_model(), "is_quantized", False):
-        raise ValueError("the base is not quantized; use peft's own merge_and_unload, which is exact there")
+        raise ValueError(
+            "expected a quantized base, got one that is not quantized; use peft's own merge_and_unload, which is exact "
+            "for it"
+        )
 
 
 def _base_of(adapter: Any, base: Any, hub_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the base of a saved adapter, and the options for finding it."""
+    """Return the base of a saved adapter, and the options with which to load it."""
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
-        raise ValueError(f"an adapter of prompts cannot be merged, got {config.peft_type}")
+        raise ValueError(
+            f"expected an adapter of weights, got {config.peft_type}, a learnt prompt, which cannot be merged; use the "
+            "adapter with its base"
+        )
     if base is not None:
         return base, hub_kwargs
     if config.base_model_name_or_path is None:
-        raise ValueError(f"the adapter {str(adapter)!r} does not name its base, got None; pass base")
+        raise ValueError(f"the adapter {str(adapter)!r} must name its base, got None; pass base")
     revision = {"revision": config.revision} if config.revision else {}
     return config.base_model_name_or_path, {**revision, **hub_kwargs}
 
@@ -107,7 +122,7 @@ def _base_of(adapter: Any, base: Any, hub_kwargs: dict[str, Any]) -> tuple[Any, 
 def _missing_quantization(
     base: Any, recipe: str | QuantizationConfig | None, hub_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return how a base must be quantized when it is loaded, if its checkpoint is not."""
+    """Return the option that quantizes a base while it is loaded: none, if its checkpoint is quantized."""
     found = load_config(base, **hub_kwargs)
     if getattr(found, "quantization_config", None) is not None:
         if recipe is not None:
@@ -115,20 +130,26 @@ def _missing_quantization(
         return {}
     if recipe is None:
         raise ValueError(
-            f"the base {str(base)!r} is not quantized; pass the recipe in which it was loaded for training, one of "
+            f"the base {str(base)!r} is not quantized; pass the recipe with which it was loaded for training, one of "
             f"{', '.join(RECIPES)}, or, if it was trained in full precision, use peft's own merge_and_unload"
         )
     config = resolve(recipe, None)
     if isinstance(config, Int8CpuConfig):
-        raise ValueError(f"adapters are not trained in {METHOD}, which is for inference; name the recipe that was used")
+        raise ValueError(
+            f"the recipe must be one for training, got {METHOD}, which is for inference; pass the recipe with which "
+            "the base was loaded for training"
+        )
     return {"quantization_config": config}
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Dequantize a model, and bring back to its dtype what `prepare_model_for_kbit_training` may have raised."""
+    """Dequantize a model, in place, and cast all parameters to a dtype.
+
+    peft's `prepare_model_for_kbit_training` may have cast some of them to float32.
+    """
     model = model.dequantize(dtype=dtype)
     conversions = getattr(model, "_weight_conversions", None) or []
-    # transformers 5.23 keeps how it read the quantized weights, and would fail to undo that when saving
+    # transformers 5.23 remembers how it quantized the weights, and would fail to reverse that when it saves them
     model._weight_conversions = [
         conversion
         for conversion in conversions
@@ -140,7 +161,7 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _refuse_tied(adapted: Any) -> None:
-    """Refuse an adapter on one of two layers that share a matrix: merged, it would change the other too."""
+    """Refuse an adapter on a layer that shares its matrix with another one, which merging would change too."""
     keys = adapted.get_base_model().all_tied_weights_keys
     tied = {name.removesuffix(".weight") for pair in keys.items() for name in pair}
     touched = sorted(tied & set(adapted.base_model.targeted_module_names))

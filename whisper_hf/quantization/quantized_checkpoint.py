@@ -1,4 +1,4 @@
-"""Quantized checkpoints, written with a report."""
+"""Write a quantized checkpoint from a full-precision one, with a report of what it holds."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from .report import compare, kept, linear_weights, logits
 from .sensitivity import check_share, keep_layers, layer_divergences, most_sensitive
 
 REPORT = "quantization.json"
-COMPARED_TOKENS = 512  # at most: enough to see a fault, little enough for logits of any vocabulary
+COMPARED_TOKENS = 512  # at most: enough to detect a fault, and few enough to hold the logits of any vocabulary
 
 SAMPLE = (  # Jane Austen, Northanger Abbey
     "No one who had ever seen Catherine Morland in her infancy would have supposed her born to be an heroine. Her "
@@ -47,37 +47,40 @@ def quantize(
     progress: Callable[[str], object] | None = None,
     **hub_kwargs: Any,
 ) -> dict[str, Any]:
-    """Write a quantized checkpoint with tokenizer, generation config and a report; all of it or nothing.
+    """Quantize a checkpoint, and write it with its tokenizer, its generation config and a report.
 
-    The weights of the source are verified against its `SHA256SUMS`, if it has this file.
+    The weights of the source are verified against its `SHA256SUMS`, if it has this file. The target folder is written
+    completely, or not at all.
 
     Args:
         source: folder or Hub id of a causal language model of any family.
         target: the folder to write; it must not exist, or be empty.
-        recipe: a name of `RECIPES`, with products in the dtype of the model; or a config.
-        keep: share of the linear layers' weights, in [0, 1), that stays as it is: those layers which, quantized alone,
-            change the predictions on the text most for each weight. Finding them takes a pass for each layer.
-        dtype: of what is not quantized; by default that of the source.
-        device: where to quantize, the GPU by default if there is one.
-        text: on whose first 512 tokens layers are measured, and the quantized model is compared with the source, which
-            is loaded for that; `None` saves the time and memory.
-        max_shard_size: largest file of weights.
-        progress: called with a line before each step.
-        hub_kwargs: for loading, such as `revision` or `trust_remote_code`.
+        recipe: a name in `RECIPES`, with products in the dtype of the model; or a quantization config.
+        keep: share of the linear layers' weights, in [0, 1), to leave in full precision. The layers chosen are those
+            with the largest divergence per weight: the change of the predictions on the text when only this layer is
+            quantized. Measuring takes a forward pass per layer.
+        dtype: dtype of the tensors that are not quantized; by default the dtype of the source.
+        device: where to quantize; by default the GPU, if there is one.
+        text: its first 512 tokens serve to measure the layers, and to compare the quantized model with the source,
+            which is loaded for this; `None` saves the time and memory.
+        max_shard_size: largest size of one file of weights.
+        progress: called with a line of text before each step.
+        hub_kwargs: options for loading, such as `revision` or `trust_remote_code`.
 
     Returns:
-        what `quantization.json` in the target holds: recipe; bytes of the linear weights before and after, and ratios;
-        what was kept in high precision, and the divergence (nats per token) of each layer that is there due to `keep`;
-        bytes on disk; versions; and the comparison (`null` without text or tokenizer), which is a check against faults
-        rather than a measure of quality: mean KL divergence (nats per token), largest difference of logits, and how
-        often the likeliest token is the same (ratio in [0, 1]).
+        the content of `quantization.json` in the target: the recipe; the bytes of the linear weights before and after,
+        and their ratios; the parameters left in high precision, and the divergence (nats per token) of each layer that
+        `keep` chose; the bytes on disk; the versions of packages; and the comparison with the source (`None` without
+        text or tokenizer). The comparison detects faults and does not measure quality: mean KL divergence (nats per
+        token), largest absolute difference of logits, and share of tokens with the same most likely prediction, in
+        [0, 1].
 
     Raises:
-        ValueError: an unknown recipe, a source that is quantized, has an adapter or lies in memory, weights that have
-            changed since they were saved, a target that holds something, a device on which the recipe does not run, a
-            share outside its range, a text or a share without tokenizer, a text without tokens, or a model without
-            linear layers.
-        ImportError: no bitsandbytes, where it is needed.
+        ValueError: an unknown recipe; a source that is quantized, has an adapter, or is a model in memory; weights that
+            have changed since they were saved; a target folder that is not empty; a device on which the recipe does not
+            run; a share outside its range; a text or a share without a tokenizer; a text without tokens; or a model
+            without linear layers.
+        ImportError: bitsandbytes is needed and not installed.
     """
     say = progress or (lambda line: None)
     config = _source_config(source, hub_kwargs)
@@ -91,7 +94,9 @@ def quantize(
         ids = _read(text, save_tokenizer(source, folder, config.get_text_config(decoder=True).vocab_size, hub_kwargs))
         if ids is None and (keep or text not in (None, SAMPLE)):
             missing = "text" if text is None else "tokenizer"
-            raise ValueError(f"measuring needs a text and a tokenizer, got no {missing}; leave text and keep out")
+            raise ValueError(
+                f"measuring needs a text and a tokenizer, got no {missing}; add it, or leave text and keep out"
+            )
         sensitive: dict[str, float] = {}
         if ids is not None:
             say("running the source")
@@ -103,26 +108,31 @@ def quantize(
                 keep_layers(model, quantization, list(sensitive))
             del model
         say(f"quantizing on {device}")
-        checks = {} if ids is not None else {"finite": True, "verify_checksums": verify}  # once is enough
+        checks = (
+            {} if ids is not None else {"finite": True, "verify_checksums": verify}
+        )  # the source was checked above if it was loaded to be measured
         model = load_causal_lm(source, quantization_config=quantization, **checks, **options)
         settings = quantization.to_diff_dict()
         report["quantization_config"] = {key: value for key, value in settings.items() if not key.startswith("_")}
         report |= {"linear_weights": linear_weights(model, sensitive), "kept": kept(model), "sensitive": sensitive}
         say("saving")
-        model.save_pretrained(folder, max_shard_size=max_shard_size)  # before it is used: see disable_cpu_repacking
+        # save before the first forward pass, which may rearrange the weights: see disable_cpu_repacking
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         report["bytes_on_disk"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report["comparison"] = None
         if ids is not None:
             say("comparing with the source")
             report["comparison"] = compare(before, logits(disable_cpu_repacking(model), ids))
-        own = ["bitsandbytes"] if isinstance(quantization, BitsAndBytesConfig) else []
-        report["versions"] = {name: version(name) for name in ["transformers", "torch", *own]}
+        packages = ["transformers", "torch"]
+        if isinstance(quantization, BitsAndBytesConfig):
+            packages.append("bitsandbytes")
+        report["versions"] = {name: version(name) for name in packages}
         Path(folder, REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
 def _read(text: str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:
-    """Return the tokens to compare on, `[1, T]`."""
+    """Return the first tokens of a text, `[1, T]` int64 with T <= 512, or `None` without text or tokenizer."""
     if text is None or tokenizer is None:
         return None
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :COMPARED_TOKENS]
@@ -134,18 +144,21 @@ def _read(text: str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor
 
 
 def _source_config(source: Any, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of a source that can be quantized, before anything large is loaded."""
+    """Return the config of a source, after checking that the source can be quantized; no weights are loaded."""
     if not isinstance(source, str | os.PathLike):
         raise ValueError(
             f"the source must be a folder or a Hub id, got a {type(source).__name__}; weights are quantized while they "
-            "are loaded, so save_pretrained a full-precision model first, with its tokenizer"
+            "are loaded, so save the full-precision model and its tokenizer by save_pretrained first"
         )
     if Path(source, "adapter_config.json").is_file():
-        raise ValueError(f"the source {str(source)!r} has an adapter; merge it first and quantize the result")
+        raise ValueError(
+            f"the source must be a whole model, but {str(source)!r} has an adapter; merge it first and quantize "
+            "the result"
+        )
     config = load_config(source, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"the source {str(source)!r} is quantized already, got a quantization_config; quantize the full-precision "
-            "checkpoint that it was made from"
+            "checkpoint from which it was made"
         )
     return config

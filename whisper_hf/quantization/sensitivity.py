@@ -1,4 +1,4 @@
-"""Which layers lose most when they are quantized: measured, so that they can stay in high precision."""
+"""Measure which layers lose most when they are quantized, and leave those in full precision."""
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,21 @@ from .report import divergence, logits
 
 
 def layer_divergences(model: PreTrainedModel, config: QuantizationConfig, input_ids: Tensor) -> dict[str, float]:
-    """Measure what quantizing each linear layer alone does to a model's predictions.
+    """Measure how far a model's predictions change when only one linear layer is quantized, for each layer in turn.
 
-    It takes one forward pass for each layer.
+    It takes one forward pass per layer.
 
     Args:
-        model: in full precision, on a device where the config runs. It is not changed.
-        config: how to quantize; layers that it keeps are left out.
-        input_ids: `[1, T]`, int64, a text to measure on; a few hundred tokens suffice.
+        model: a model in full precision, on a device where the config runs. It is not changed.
+        config: how to quantize; layers that it leaves in full precision are not measured.
+        input_ids: `[1, T]`, int64, the tokens of a text to measure on; a few hundred suffice.
 
     Returns:
-        by name of the layer, the mean KL divergence of its predictions from the model's, in nats per token.
+        for each layer, by name, the mean of `KL(predictions of the model || predictions with this layer quantized)`, in
+        nats per token.
 
     Raises:
-        ValueError: no linear layer.
+        ValueError: the model has no linear layer to quantize.
     """
     skipped = kept_modules(model, config)
     layers = {
@@ -35,7 +36,9 @@ def layer_divergences(model: PreTrainedModel, config: QuantizationConfig, input_
         if type(module) is nn.Linear and should_convert_module(name, skipped)
     }
     if not layers:
-        raise ValueError(f"expected nn.Linear layers to measure, got none in {type(model).__name__} outside {skipped}")
+        raise ValueError(
+            f"expected nn.Linear layers to measure, got none in {type(model).__name__} outside {skipped}; skip fewer"
+        )
     before = logits(model, input_ids)
     divergences = {}
     for name, linear in logging.tqdm(layers.items(), desc="measuring layers"):
@@ -49,15 +52,15 @@ def layer_divergences(model: PreTrainedModel, config: QuantizationConfig, input_
 
 
 def most_sensitive(model: PreTrainedModel, divergences: dict[str, float], share: float) -> list[str]:
-    """Choose the layers that lose most for each of their weights, as long as they hold no more than a share of all.
+    """Choose the layers with the largest divergence per weight, up to a share of all weights.
 
     Args:
         model: the model that was measured.
-        divergences: what [`layer_divergences`] returned.
-        share: of the weights in these layers, in [0, 1).
+        divergences: the result of [`layer_divergences`], in nats per token.
+        share: largest share of the weights of the measured layers that the chosen ones may hold, in [0, 1).
 
     Returns:
-        names, the most sensitive first.
+        the names of the chosen layers, the most sensitive first.
 
     Raises:
         ValueError: a share outside its range.
@@ -74,13 +77,13 @@ def most_sensitive(model: PreTrainedModel, divergences: dict[str, float], share:
 
 
 def check_share(share: float) -> None:
-    """Refuse what is no share of the weights."""
+    """Raise a `ValueError` for a share of the weights that is not in [0, 1)."""
     if not 0 <= share < 1:
-        raise ValueError(f"the share of weights to keep must be at least 0 and below 1, got {share}")
+        raise ValueError(f"the share of weights to keep must be at least 0 and below 1, got {share}; 0.05 is 5 %")
 
 
 def kept_modules(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
-    """Return the names of modules that a config leaves as they are in this model."""
+    """Return the names of the modules of a model that a config leaves in full precision."""
     if isinstance(config, Int8CpuConfig):
         return unconverted_modules(model, config)
     skipped = config.llm_int8_skip_modules
@@ -88,7 +91,7 @@ def kept_modules(model: PreTrainedModel, config: QuantizationConfig) -> list[str
 
 
 def keep_layers(model: PreTrainedModel, config: QuantizationConfig, names: list[str]) -> None:
-    """Let a config leave more layers as they are, in place."""
+    """Change a config such that it leaves further layers of a model in full precision, in place."""
     if isinstance(config, Int8CpuConfig):
         config.modules_to_not_convert = [*config.modules_to_not_convert, *names]
     else:
