@@ -249,10 +249,14 @@ def test_packed_documents_do_not_see_each_other(kind, lengths, tmp_path) -> None
         torch.testing.assert_close(log, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", [[], [[5, 6], []]], ids=["no examples", "an empty one"])
-def test_data_without_tokens_are_refused(rows, teacher, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "at least one example, got an empty data set"), ([[5, 6], []], "got example 1 without tokens")],
+    ids=["no examples", "an empty one"],
+)
+def test_data_without_tokens_are_refused(rows, message, teacher, tmp_path) -> None:
     data = Dataset.from_dict({"input_ids": rows}, features=Features({"input_ids": List(Value("int64"))}))
-    with pytest.raises(ValueError, match="without tokens"):
+    with pytest.raises(ValueError, match=message):
         write(teacher, data, tmp_path / "signals")
     assert not (tmp_path / "signals").exists()
 

@@ -397,7 +397,7 @@ SMALL = {key: value for key, value in DEEP.items() if key != "initializer_range"
         (lambda: nn.Linear(2, 2), ["got Linear", "AutoModelForCausalLM"]),
         (lambda: LlamaModel(TEACHERS["llama with biases"]), ["got LlamaModel"]),
         (lambda: teacher_of(GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2)), ["got GPT2LMHeadModel"]),
-        (lambda: teacher_of(MixtralConfig(**SMALL)), ["layers.3.mlp.gate_proj", "such a family"]),
+        (lambda: teacher_of(MixtralConfig(**SMALL)), ["layers.3.mlp.gate_proj", "choose a Llama"]),
         (lambda: teacher_of(XGLMConfig(vocab_size=9, d_model=16, num_layers=1, attention_heads=2)), ["layers.0.mlp"]),
         (lambda: teacher_of(TEACHERS["mistral"]).to("meta"), ["one device", "['meta']"]),
     ],

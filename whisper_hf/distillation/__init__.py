@@ -1,4 +1,4 @@
-"""Knowledge distillation: a `Trainer` that teaches a student from a larger teacher."""
+"""Knowledge distillation: train a student model to predict what a larger teacher model predicts."""
 
 from .config import DistillationConfig
 from .signal_writer import write_signals

@@ -1,6 +1,7 @@
-"""One pass of student and teacher over a batch: who sees what, which tokens count, and the loss of each.
+"""One forward pass of student and teacher over a batch, down to the loss.
 
-Legend: `B` rows of `T` tokens, `n` of which are predicted from and count.
+Legend: `B` rows of `T` tokens, `S` tokens of the teacher's rows under another tokenizer, `n` positions of a batch whose
+predictions count, `H` width of the student, `C` candidates of a position.
 """
 
 from contextlib import ExitStack
@@ -23,20 +24,20 @@ from ..objectives import (
 from .config import DistillationConfig
 from .head_replacement import HeadReplacement, attention_outputs
 
-ON_POLICY = "on_policy"  # key of batches that the student wrote itself
+ON_POLICY = "on_policy"  # key that marks a batch whose text the student wrote
 
 
 @dataclass
 class Batch:
-    """What a batch holds, told apart.
+    """The parts of a training batch: inputs of both models, targets, and stored predictions.
 
     Attributes:
-        inputs: for the student's forward.
-        targets (`[B, T]`, int64): the token to predict from each position, -100 where none counts.
-        teacher_inputs: for a teacher with another tokenizer.
-        teacher_targets (`[B, S]`, int64, *optional*): of its tokens.
-        signals: stored predictions of the teacher, `[B, T, ...]`.
-        is_on_policy: the student wrote it.
+        inputs (mapping from `str` to tensors): the inputs of the student's forward pass.
+        targets (`[B, T]`, int64): the token to predict from each position; -100 where no prediction counts.
+        teacher_inputs (mapping from `str` to `[B, S]`): the inputs of a teacher with another tokenizer, or empty.
+        teacher_targets (`[B, S]`, int64, *optional*): the token for such a teacher to predict from each position.
+        signals (mapping from `str` to `[B, T, ...]`): stored predictions of the teacher, or empty.
+        is_on_policy (`bool`): whether the student wrote the text.
     """
 
     inputs: dict[str, Any]
@@ -48,15 +49,20 @@ class Batch:
 
     @classmethod
     def split(cls, inputs: dict[str, Any], label_name: str) -> "Batch":
-        """Take a collator's batch apart.
+        """Split a collator's batch into its parts, by the names of its entries.
+
+        Args:
+            inputs (mapping from `str` to tensors): the batch; it is not changed.
+            label_name (`str`): the name of the labels, `[B, T]`.
 
         Raises:
-            ValueError: no labels.
+            ValueError: a batch without labels.
         """
         inputs = dict(inputs)
         is_on_policy = bool(inputs.pop(ON_POLICY, False))
         teacher = {k.removeprefix("teacher_"): inputs.pop(k) for k in list(inputs) if k.startswith("teacher_")}
-        labels, shifted = inputs.pop(label_name, None), inputs.pop("shift_labels", None)
+        labels = inputs.pop(label_name, None)
+        shifted = inputs.pop("shift_labels", None)
         if labels is None and shifted is None:
             raise ValueError(
                 f"expected {label_name!r} in the batch, got {sorted(inputs)}; use "
@@ -75,30 +81,36 @@ class Batch:
 
     @property
     def counts(self) -> Tensor:
-        """`[B, T]`, bool: positions whose prediction counts."""
+        """Whether the prediction at each position counts, `[B, T]`, bool; `n` of them do."""
         return self.targets != IGNORED
 
 
 @dataclass
 class BatchLosses:
-    """`loss`: weighted sum over tokens, differentiable; `terms`: each unweighted, `[n]`, without gradient."""
+    """The loss of a batch, and its terms per token.
+
+    Attributes:
+        loss (scalar): the weighted sum of all terms over all tokens, differentiable.
+        terms (mapping from `str` to `[n]`): each term without weight and gradient.
+    """
 
     loss: Tensor
     terms: dict[str, Tensor]
 
 
 class DistillationForward:
-    """Runs the student, and inside its forward the teacher, up to the heads; there the loss is computed.
+    """Run student and teacher up to their heads, and compute the loss in place of the student's head.
 
-    The teacher runs at the moment when the student's head is due, so that both heads are whole where weights are
-    sharded, and no logits of more than a chunk of tokens exist.
+    The teacher runs inside the student's forward pass, when the student's head would be applied. At that moment the
+    weights of both heads are complete even if they are sharded, and logits exist for one chunk of tokens only.
 
     Args:
-        config ([`DistillationConfig`]): weights.
-        teacher (`nn.Module`, *optional*): placed and frozen; without one, batches hold its stored predictions.
-        teacher_model (`PreTrainedModel`, *optional*): the same, unwrapped.
-        matching (`nn.Module`, *optional*): a [`StateMatching`], perhaps wrapped.
-        stored_vocabulary (`int`, *optional*): number of leading tokens that stored predictions are about.
+        config ([`DistillationConfig`]): the weights of the losses.
+        teacher (`nn.Module`, *optional*): the teacher, placed and frozen. Without a teacher, batches hold its stored
+            predictions.
+        teacher_model (`PreTrainedModel`, *optional*): the same teacher without wrappers.
+        matching (`nn.Module`, *optional*): a [`StateMatching`], perhaps in a wrapper.
+        stored_vocabulary (`int`, *optional*): number of tokens that stored predictions cover, counted from token 0.
     """
 
     def __init__(
@@ -122,10 +134,16 @@ class DistillationForward:
         """Compute the losses of a batch.
 
         Args:
-            model (`nn.Module`): the student, as wrapped for training; called once.
-            student (`PreTrainedModel`): the same, unwrapped.
-            student_head ([`HeadReplacement`]): of it.
-            batch ([`Batch`]): on the student's device.
+            model (`nn.Module`): the student, as wrapped for training. It is called once.
+            student (`PreTrainedModel`): the same student without wrappers.
+            student_head ([`HeadReplacement`]): the replacement of the student's head.
+            batch ([`Batch`]): the batch, on the student's device.
+
+        Returns:
+            [`BatchLosses`].
+
+        Raises:
+            ValueError: the teacher's tokens or its stored signals are missing in the batch, or are not expected there.
         """
         states: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
         terms: dict[str, Tensor] = {}
@@ -144,7 +162,7 @@ class DistillationForward:
         return BatchLosses(loss, terms)
 
     def _run(self, model: nn.Module, unwrapped: Any, inputs: dict[str, Any], states: dict[str, Any]) -> Any:
-        """Call a model without logits, and keep the states that are to be matched."""
+        """Run a model whose head is replaced, and add its hidden states and attention outputs to `states` on demand."""
         with ExitStack() as stack:
             if "attention_outputs" in self.kinds:
                 states["attention_outputs"] = stack.enter_context(attention_outputs(unwrapped))
@@ -157,12 +175,12 @@ class DistillationForward:
     def _at_student_head(
         self, hidden: Tensor, head: HeadReplacement, batch: Batch, states: dict, terms: dict[str, Tensor]
     ) -> Tensor:
-        """Compute the loss from what the student's head would see, `[B, T, H]`."""
+        """Compute the loss of a batch from the inputs of the student's head, `[B, T, H]`; fill `terms`."""
         counts = batch.counts
         candidates = self._candidates(batch)
 
         def loss_against(target: Target | None) -> Tensor:
-            is_plain = target is None  # evaluation, where only training data has stored signals
+            is_plain = target is None  # evaluation without stored signals, which cover the training data only
             cross_entropy_weight = 0.0 if batch.is_on_policy else self.config.cross_entropy_weight
             if is_plain:
                 cross_entropy_weight = 1.0
@@ -204,20 +222,27 @@ class DistillationForward:
         return found[0]
 
     def _refuse_other_tokens(self, batch: Batch) -> None:
-        """Raise a `ValueError` unless the teacher's own tokens are there where, and only where, they are compared."""
+        """Raise a `ValueError` unless a batch holds the teacher's own tokens exactly if they are compared."""
         is_universal = "universal" in self.config.divergences
-        if is_universal == bool(batch.teacher_inputs) == (batch.teacher_targets is not None):
+        has_teacher_inputs = bool(batch.teacher_inputs)
+        has_teacher_targets = batch.teacher_targets is not None
+        if has_teacher_inputs == is_universal and has_teacher_targets == is_universal:
             return
-        expected = "teacher_input_ids, teacher_attention_mask and teacher_labels" if is_universal else "none"
+        if is_universal:
+            tokenizer = "another tokenizer than the student's"
+            expected = "teacher_input_ids, teacher_attention_mask and teacher_labels"
+        else:
+            tokenizer = "the student's tokenizer"
+            expected = "none of the teacher's tokens"
+        found = [f"teacher_{name}" for name in sorted(batch.teacher_inputs)] + ["teacher_labels"] * has_teacher_targets
         raise ValueError(
-            'divergence="universal" is for a teacher with another tokenizer, the others for the same: got '
-            f"divergence={self.config.divergence!r}, expected {expected} of the teacher's tokens in the batch, got "
-            f"{sorted(batch.teacher_inputs)}; change the data set and its collator, or the divergence"
+            f"divergence={self.config.divergence!r} compares with a teacher that has {tokenizer}: expected {expected} "
+            f"in the batch, got {found or 'none'}; change the data set and its collator, or the divergence"
         )
 
     def _candidates(self, batch: Batch) -> Tensor | None:
-        """Return the tokens that would go on with a repetition, `[n, C]`, if they are to be discouraged."""
-        if not self.config.diversity_weight or batch.is_on_policy:  # its labels are the student's own repetitions
+        """Find the tokens that would continue a repetition, `[n, C]`, or return `None` if the loss ignores them."""
+        if not self.config.diversity_weight or batch.is_on_policy:  # labels on policy may be the student's repetitions
             return None
         positions = batch.inputs.get("position_ids")
         documents = None
@@ -227,20 +252,20 @@ class DistillationForward:
         return repeating_tokens(batch.inputs["input_ids"], batch.targets, documents, window=window)[batch.counts]
 
     def _predicted(self, hidden: Tensor, head: Head, batch: Batch) -> TeacherTarget:
-        """Describe the teacher's predictions for the tokens that count, from what its head would see."""
+        """Build the target from the inputs of the teacher's head, `[B, T, U]` or `[B, S, U]`."""
         if batch.teacher_targets is None:
             return TeacherTarget(hidden[batch.counts], head, self.divergence, self.config.temperature)
         rows, columns, has_partner = partners(batch.counts, batch.teacher_targets != IGNORED)
         return TeacherTarget(hidden[rows, columns], head, self.divergence, self.config.temperature, has_partner, True)
 
     def _stored(self, batch: Batch) -> Target | None:
-        """Describe stored predictions for the tokens that count, if the batch has any."""
+        """Build the target from the stored signals of a batch, or return `None` in an evaluation without signals."""
         columns = {name: tensor[batch.counts] for name, tensor in batch.signals.items()}
         if not columns:
             if torch.is_grad_enabled():
                 raise ValueError(
-                    "expected the stored signals of a training batch, got a batch without; the training data must be "
-                    "the train_dataset that the trainer was made with"
+                    "expected the stored signals of a training batch, got a batch without signals; train on the "
+                    "train_dataset that the trainer was built with"
                 )
             return None
         if "entropy" in columns:
@@ -250,13 +275,14 @@ class DistillationForward:
 
 
 def partners(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pair the i-th token that counts in a row with the i-th that counts in the teacher's row.
+    """Pair the i-th position that counts in a student's row with the i-th that counts in the teacher's row.
 
     Args:
-        student (`[B, T]`, bool), teacher (`[B, S]`, bool): positions that count.
+        student (`[B, T]`, bool), teacher (`[B, S]`, bool): whether a position counts; `n` positions of the student do.
 
     Returns:
-        row and column of each partner, and whether there is one, `[n]` each.
+        row and column of the partner of each of the `n` positions, and whether it has one, `[n]` each (int64, int64,
+        bool). The column is arbitrary where there is no partner.
     """
     rows = student.nonzero()[:, 0]
     rank = (student.cumsum(1) - 1)[student]

@@ -1,9 +1,11 @@
-"""Doing something else where a model would apply its language-modeling head, and seeing what its layers put out.
+"""Replace a model's language-modeling head during a forward pass, and record its attention outputs.
 
-The logits of a batch are the largest tensor of training, and a loss computed from them costs several of that size. Here
-the head is replaced for the duration of a forward pass by what computes the loss from the hidden states: inside the
-model's forward, so that wrappers (DDP, FSDP, DeepSpeed, autocast, compilation) see an ordinary model, and a head
-whose weight is sharded is whole at that moment.
+The logits of a batch are the largest tensor of training, and a loss computed from them needs several tensors of their
+size. For one forward pass, this module replaces the head by a function that computes the loss from the hidden states.
+The function runs inside the model's forward pass. Wrappers (DDP, FSDP, DeepSpeed, autocast, compilation) therefore see
+an ordinary model, and a head whose weight is sharded is complete at that moment.
+
+Legend: `B` rows of `T` tokens, `H` width of the model.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,23 +19,27 @@ from transformers import PreTrainedModel
 from ..model.repetition_loss import without_adapter
 from ..objectives import Head
 
-# what a head of `n` tokens returns, to learn what the model does to it: next to nothing, a little, more than any cap
+# Logits that show what a model does to the output of its head: zero, small and ordinary values, and one above any cap
 PROBE = (0.0, 1e-3, 1.0, -1.0, 30.0, 1e30)
-SMALL = 2.0**-20  # results pass the model's own treatment of logits where even a soft cap is linear
+SMALL = 2.0**-20  # factor that makes a loss so small that a soft cap, `cap * tanh(loss / cap)`, leaves it unchanged
 
 
 class HeadReplacement:
-    """Replaces the head of a causal language model, and knows what the model does to its output.
+    """Replace the head of a causal language model during a forward pass, and find the scale and cap of its logits.
 
     Args:
-        model (`PreTrainedModel`, or wrapped by peft): the model itself, not what wraps it for training.
+        model (`PreTrainedModel`, perhaps wrapped by peft): the model without the wrappers of training.
+
+    Raises:
+        ValueError: a model without a head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Module):
             raise ValueError(
-                f"expected a causal language model with a head, got {type(model).__name__}, which has none"
+                f"expected a causal language model with a head, got {type(model).__name__} without one; load it with "
+                "AutoModelForCausalLM"
             )
         self.name = type(model).__name__
         self.module = module
@@ -43,9 +49,9 @@ class HeadReplacement:
 
     @property
     def head(self) -> Head:
-        """The head, once a forward pass has run."""
+        """The head with its scale and cap, which are known after the first forward pass."""
         if self._head is None:
-            raise RuntimeError(f"what {self.name} does to its head's output is known after a forward pass")
+            raise RuntimeError(f"the scale and cap of {self.name} are unknown before a forward pass; call `run` first")
         return self._head
 
     def run(self, forward: Callable[[], Any], function: Callable[[Tensor], Tensor]) -> tuple[Any, Tensor]:
@@ -53,11 +59,14 @@ class HeadReplacement:
 
         Args:
             forward (`Callable`): calls the model without labels.
-            function (`Callable`): takes what the head would see, `[B, T, H]`, and returns a scalar. It may call the
+            function (`Callable`): takes the inputs of the head, `[B, T, H]`, and returns a scalar. It may call the
                 head.
 
         Returns:
-            the model's output, and the scalar, differentiable.
+            the model's output, whose logits are a placeholder, and the scalar, float32 and differentiable.
+
+        Raises:
+            ValueError: a model that does more to its logits than to scale and softly cap them.
         """
         if self._head is None:
             self._head = self._probe(forward)
@@ -67,7 +76,9 @@ class HeadReplacement:
 
     @contextmanager
     def _replaced(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        self._original, self._function = vars(self.module).get("forward"), function
+        """Let the head call a function of its inputs, once, and restore the head afterwards."""
+        self._original = vars(self.module).get("forward")
+        self._function = function
         self.module.forward = self._call
         try:
             yield
@@ -76,6 +87,7 @@ class HeadReplacement:
             self._function = None
 
     def _restore(self) -> None:
+        """Give the head its own `forward` back."""
         if self._original is not None:
             self.module.forward = self._original
         else:
@@ -83,15 +95,20 @@ class HeadReplacement:
 
     @torch.compiler.disable
     def _call(self, hidden: Tensor) -> Tensor:
+        """Stand in for the head's `forward`: restore the head, and call the function instead."""
         if self._function is None:
-            raise RuntimeError(f"the head of {self.name} was applied twice in one forward pass")
-        function, self._function = self._function, None
-        self._restore()  # the function may apply the head
+            raise RuntimeError(
+                f"expected {self.name} to apply its head once in a forward pass, got a second call; this model cannot "
+                "be distilled in chunks"
+            )
+        function = self._function
+        self._function = None
+        self._restore()  # before the call, because the function may apply the head
         return function(hidden)
 
     @torch.no_grad()
     def _probe(self, forward: Callable[[], Any]) -> Head:
-        """Find the scale and cap that the model puts on its head's output, by what becomes of known numbers."""
+        """Find the scale and cap of the model's logits: send known numbers through the model in place of logits."""
         with self._replaced(lambda hidden: torch.tensor(PROBE, device=hidden.device).view(1, 1, -1)):
             found = forward().logits.flatten().double().cpu()
         sent = torch.tensor(PROBE, dtype=torch.float64)
@@ -108,22 +125,29 @@ class HeadReplacement:
 
 
 def _rounded(number: float) -> float:
-    """Remove the rounding of float32 from a number that a person has written into a config."""
+    """Round a float32 number to the six digits with which it was written into a config."""
     return float(f"{number:.6g}")
 
 
 @contextmanager
 def attention_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the output of every attention layer, `[B, T, hidden_size]`, in order, during one forward pass.
+    """Collect the outputs of all attention layers during one forward pass.
+
+    Args:
+        model (`PreTrainedModel`, perhaps wrapped by peft): the model without the wrappers of training.
+
+    Yields:
+        a list that the forward pass fills with one `[B, T, H]` tensor per layer, in order.
 
     Raises:
-        ValueError: the model does not say which of its modules are attention layers.
+        ValueError: a model that does not declare which of its modules are attention layers.
     """
     base = without_adapter(model)
     kind = (getattr(base, "_can_record_outputs", None) or {}).get("attentions")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(
-            f"cannot tell which modules of {type(base).__name__} are attention layers; match hidden states"
+            f"expected a model that declares its attention layers in _can_record_outputs, got {type(base).__name__}; "
+            "set attention_outputs_weight=0 and match hidden states instead"
         )
     collected: list[Tensor] = []
     hooks = [

@@ -1,4 +1,7 @@
-"""Matching what happens inside: hidden states and attention outputs, with projections where widths differ."""
+"""Match hidden states and attention outputs of student and teacher, with projections where their widths differ.
+
+Legend: `B` rows of `T` tokens, `n` of which count.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +17,16 @@ FILE_NAME = "projections.safetensors"
 
 
 class StateMatching(nn.Module):
-    """Sums of relative distances over tokens and layer pairs; its parameters project the student's states.
+    """The distance between states of student and teacher, averaged over pairs of layers.
+
+    If the hidden sizes differ, learned linear maps project the student's states to the teacher's size: one map for each
+    kind and pair.
 
     Args:
-        student, teacher (`PreTrainedConfig`): widths and depths.
-        layer_pairs (list of pairs, *optional*): student and teacher layer, from 0; evenly spread by default.
-        kinds (list of `str`): of `hidden_states` and `attention_outputs`, those to match.
+        student, teacher (`PreTrainedConfig`): the configs, which give hidden sizes and numbers of layers.
+        layer_pairs (list of pairs, *optional*): pairs of a student layer and a teacher layer, counted from 0. By
+            default every student layer is paired with the teacher layer at the same relative depth.
+        kinds (list of `str`): the kinds of states to match: `hidden_states`, `attention_outputs`, or both.
 
     Raises:
         ValueError: a layer that does not exist.
@@ -38,29 +45,34 @@ class StateMatching(nn.Module):
         for pair in self.layer_pairs:
             for whose, layer, depth in zip(("student", "teacher"), pair, depths, strict=True):
                 if not 0 <= layer < depth:
-                    raise ValueError(f"layer_map names {whose} layer {layer}, expected 0 to {depth - 1}")
+                    raise ValueError(
+                        f"layer_map names {whose} layer {layer}, expected 0 to {depth - 1}; correct {list(pair)}"
+                    )
         self.kinds = kinds
         self.projections = nn.ModuleDict()
         if student.hidden_size != teacher.hidden_size:
             for kind in kinds:
-                pairs = [nn.Linear(student.hidden_size, teacher.hidden_size, bias=False) for _ in self.layer_pairs]
-                self.projections[kind] = nn.ModuleList(pairs)
+                maps = [nn.Linear(student.hidden_size, teacher.hidden_size, bias=False) for _ in self.layer_pairs]
+                self.projections[kind] = nn.ModuleList(maps)
 
     def forward(
         self, student: Mapping[str, Sequence[Tensor]], teacher: Mapping[str, Sequence[Tensor]], counts: Tensor
     ) -> dict[str, Tensor]:
-        """Compare the outputs of all layers; one call for all kinds, as gradient-averaging wrappers expect.
+        """Compute the distance for each token that counts, and for each kind of states.
+
+        One call covers all kinds, because DDP expects one forward pass per backward pass.
 
         Args:
-            student, teacher (mappings from kind to `[B, T, hidden_size]` of each layer).
-            counts (`[B, T]`, bool): tokens that count.
+            student, teacher (mappings from kind to a list of `[B, T, hidden_size]`): the states of each layer.
+            counts (`[B, T]`, bool): whether a token counts.
 
         Returns:
-            for each kind `[n]`, float32, differentiable: mean over layer pairs of the distance of each such token.
+            for each kind `[n]`, float32 and differentiable: the mean over layer pairs of [`relative_distance`].
         """
         return {kind: self._distance(kind, student[kind], teacher[kind], counts) for kind in self.kinds}
 
     def _distance(self, kind: str, student: Sequence[Tensor], teacher: Sequence[Tensor], counts: Tensor) -> Tensor:
+        """Compute the distance for each token that counts, `[n]`, for one kind of states."""
         distances = []
         for index, (i, j) in enumerate(self.layer_pairs):
             states = student[i][counts]
@@ -70,11 +82,14 @@ class StateMatching(nn.Module):
         return torch.stack(distances).mean(0)
 
     def save(self, folder: str | Path) -> None:
-        """Write the projections, if there are any, beside the optimizer's state: they are no part of the student."""
+        """Write the projections, if there are any, to a folder of the Trainer's checkpoint.
+
+        They are not part of the student, so they lie beside the optimizer's state.
+        """
         if len(self.projections):
             save_file({name: p.detach().cpu() for name, p in self.state_dict().items()}, Path(folder) / FILE_NAME)
 
     def load(self, folder: str | Path) -> None:
-        """Read what [`save`] wrote."""
+        """Read the projections, if there are any, from a folder that [`save`] wrote."""
         if len(self.projections):
             self.load_state_dict(load_file(Path(folder) / FILE_NAME))

@@ -1,4 +1,7 @@
-"""When and from where a student writes text of its own (on-policy distillation; Agarwal et al. 2023, https://arxiv.org/abs/2306.13649)."""
+"""On-policy distillation: in which optimizer steps the student writes text, and which prompts it continues.
+
+Agarwal et al. 2023, https://arxiv.org/abs/2306.13649. Legend: `B` rows of `T` tokens, `P` tokens of the longest prompt.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +11,14 @@ from ..training.seeds import step_seed
 
 
 def is_on_policy_step(fraction: float, seed: int, step: int) -> bool:
-    """Decide about an optimizer step: the same on every process, whatever the accumulation, also after resuming."""
+    """Decide whether the student writes the text of an optimizer step.
+
+    The decision depends on the arguments alone. All processes therefore agree, and resuming does not change it.
+
+    Args:
+        fraction (`float`): the share of steps in which the student writes, in [0, 1].
+        seed, step (`int`): the seed of the training, and the number of the optimizer step.
+    """
     if not 0 < fraction < 1:
         return fraction >= 1
     generator = torch.Generator().manual_seed(step_seed(seed, step))
@@ -18,30 +28,31 @@ def is_on_policy_step(fraction: float, seed: int, step: int) -> bool:
 def prompts_of(
     input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prompt_tokens: int | None, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Cut off what is to be continued, and pad it on the left.
+    """Cut the prompts out of a batch, and pad them on the left.
 
     Args:
         input_ids, attention_mask, labels (`[B, T]`, int64): a batch, padded on either side.
-        prompt_tokens (`int`, *optional*): how many tokens to keep at most; by default those before the first label.
-        pad_token_id (`int`): fills the prompts.
+        prompt_tokens (`int`, *optional*): how many tokens to keep at most. By default the tokens before the first label
+            are kept, or all tokens of a row without labels.
+        pad_token_id (`int`): the token that fills shorter prompts.
 
     Returns:
-        token ids and attention mask of the prompts, `[B, P]`.
+        token ids and attention mask of the prompts, both `[B, P]`, int64.
 
     Raises:
-        ValueError: a row without anything before its first label, where the number of tokens is not given.
+        ValueError: a row whose first token has a label, if `prompt_tokens` is not given.
     """
     rows = []
     for ids, shown, targets in zip(input_ids, attention_mask.bool(), labels, strict=True):
-        ids, targets = ids[shown], targets[shown]
-        answer = (targets != IGNORED).nonzero()
-        length = prompt_tokens or (int(answer[0]) if len(answer) else len(ids))
+        visible_ids = ids[shown]
+        labelled = (targets[shown] != IGNORED).nonzero()
+        length = prompt_tokens or (int(labelled[0]) if len(labelled) else len(visible_ids))
         if not length:
             raise ValueError(
-                "on-policy distillation continues the tokens before the first label, got an example labelled from its "
-                "first token on; mask prompts with -100, or set on_policy_prompt_tokens"
+                "on-policy distillation continues the tokens before the first label, got an example whose first token "
+                "has a label; mask prompts with -100, or set on_policy_prompt_tokens"
             )
-        rows.append(ids[:length])
+        rows.append(visible_ids[:length])
     width = max(len(row) for row in rows)
     ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=pad_token_id) for row in rows])
     shown = torch.stack([(torch.arange(width, device=ids.device) >= width - len(row)).long() for row in rows])

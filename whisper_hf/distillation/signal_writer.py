@@ -1,4 +1,7 @@
-"""Running a teacher over a data set, and writing what it predicts; `stored_signals.py` says how it is stored."""
+"""Run a teacher over a data set and write its predictions to disk, in the format of `stored_signals.py`.
+
+Legend: `B` examples of a batch with `T` tokens, `U` width of the teacher, `k` stored tokens of a position.
+"""
 
 import json
 import math
@@ -22,7 +25,7 @@ from .teachers import refuse_training_mode
 if TYPE_CHECKING:
     import datasets
 
-EXAMPLES_PER_PART = 256
+EXAMPLES_PER_PART = 256  # an interrupted run loses the work on one part at most
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -39,38 +42,42 @@ def write_signals(
     seed: int = 0,
     progress: bool = True,
 ) -> Manifest:
-    """Write a teacher's predictions for a data set; what an interrupted run has finished is kept.
+    """Write a teacher's predictions for a data set to a folder.
+
+    The folder is written in parts. After an interruption, the same call keeps the finished parts and writes the others.
 
     Args:
-        teacher (`PreTrainedModel`): on its device, in evaluation mode.
-        dataset (`datasets.Dataset`): with `input_ids`, and `attention_mask` and `position_ids` if the model needs them.
-        folder (`str` or `Path`): may exist.
-        kind (`str`): `top` or `samples`.
-        count (`int`): tokens to store for each position.
-        temperature (`float`): of the softmax.
-        tokenizer (*optional*): the teacher's; its vocabulary is remembered, and logits beyond it left out.
-        batch_size (`int`): examples at once.
-        seed (`int`): of the samples.
-        progress (`bool`): show a bar.
+        teacher (`PreTrainedModel`): the teacher, on its device and in evaluation mode.
+        dataset (`datasets.Dataset`): a data set with the column `input_ids`, and with `attention_mask` and
+            `position_ids` if the model needs them.
+        folder (`str` or `Path`): where to write; the folder may exist.
+        kind (`str`): `top` stores the likeliest tokens of each position, `samples` stores drawn tokens.
+        count (`int`): `k`, the number of tokens to store for each position.
+        temperature (`float`): the temperature of the softmax, above 0.
+        tokenizer (*optional*): the teacher's tokenizer. Logits beyond its vocabulary are padding and are left out.
+        batch_size (`int`): number of examples that the teacher processes at once.
+        seed (`int`): the seed of the drawn tokens.
+        progress (`bool`): whether to show a progress bar.
 
     Returns:
-        the [`Manifest`].
+        the [`Manifest`] of the folder.
 
     Raises:
-        ValueError: a teacher in training mode, an unknown kind, more tokens than the teacher has, a temperature that is
-            not positive, data without tokens or with tokens beyond the teacher's, or a folder with other signals.
+        ValueError: a teacher in training mode, an unknown kind, a count that is not below the teacher's vocabulary, a
+            temperature that is not positive and finite, an example without tokens, tokens that the teacher does not
+            have, or a folder that holds other signals.
     """
     from tqdm.auto import tqdm
 
     refuse_training_mode(teacher)
     replacement = HeadReplacement(teacher)
     vocabulary = Head(replacement.module).vocabulary
-    if tokenizer is not None:  # what is beyond is padding
+    if tokenizer is not None:  # logits beyond the tokenizer's vocabulary are padding
         vocabulary = min(vocabulary, len(tokenizer))
     if kind not in ("top", "samples"):
         raise ValueError(f"unknown kind of signals {kind!r}; expected top or samples")
     if not 0 < count < vocabulary:
-        raise ValueError(f"expected between 1 and {vocabulary - 1} stored tokens, got {count}")
+        raise ValueError(f"count must lie between 1 and {vocabulary - 1} stored tokens, got {count}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     digest, examples, tokens = data_digest(dataset)
@@ -99,18 +106,20 @@ def write_signals(
 
 
 def _begin(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, or compare it with the one that is there."""
+    """Write the manifest of a folder, or raise a `ValueError` if the folder has another manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
-    if path.exists() and json.loads(path.read_text()) != asdict(manifest):
-        different = {k: (v, asdict(manifest).get(k)) for k, v in json.loads(path.read_text()).items()}
-        different = {k: pair for k, pair in different.items() if pair[0] != pair[1]}
-        raise ValueError(f"{folder} holds other signals (there, here): {different}; choose another folder")
-    path.write_text(json.dumps(asdict(manifest), indent=2))
+    ours = asdict(manifest)
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        if theirs != ours:
+            different = {name: (value, ours.get(name)) for name, value in theirs.items() if value != ours.get(name)}
+            raise ValueError(f"{folder} holds other signals (there, here): {different}; choose another folder")
+    path.write_text(json.dumps(ours, indent=2))
 
 
 def _write_part(path: Path, columns: dict[str, list[np.ndarray]], manifest: Manifest) -> None:
-    """Write one file of signals under another name first, so that what has the right name is whole."""
+    """Write one part of the signals under a temporary name, and rename it when it is complete."""
     import datasets
 
     id_type = "uint16" if manifest.vocabulary <= 2**16 else "int32"
@@ -137,7 +146,7 @@ def _signals(
     batch_size: int,
     seed: int,
 ) -> dict[str, list[np.ndarray]]:
-    """Return the signals of some examples, column by column."""
+    """Compute the signals of some examples: for each column a list of one array, `[T, ...]`, per example."""
     columns: dict[str, list[np.ndarray]] = {}
     generator = torch.Generator(teacher.device).manual_seed(seed)
     known = len(teacher.get_input_embeddings().weight)
@@ -145,8 +154,8 @@ def _signals(
         least, most = int(batch["input_ids"].min()), int(batch["input_ids"].max())
         if least < 0 or most >= known:
             raise ValueError(
-                f"the data must have token ids of the teacher, from 0 to {known - 1}, got {least} to {most}; tokenize "
-                "it with the teacher's tokenizer"
+                f"the data set must hold token ids of the teacher, from 0 to {known - 1}, got {least} to {most}; "
+                "tokenize it with the teacher's tokenizer"
             )
         inputs = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
         found: dict[str, Tensor] = {}
@@ -166,7 +175,7 @@ def _signals(
 
 
 def _batches(rows: "datasets.Dataset", batch_size: int) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
-    """Yield examples padded on the right, and their lengths."""
+    """Yield batches of examples, padded on the right to `[B, T]`, and the length of each example."""
     names = [name for name in MODEL_INPUTS if name in rows.column_names]
     for start in range(0, len(rows), batch_size):
         examples = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
@@ -179,12 +188,22 @@ def _batches(rows: "datasets.Dataset", batch_size: int) -> Iterator[tuple[dict[s
 
 
 def _padded(arrays: list[np.ndarray], length: int) -> Tensor:
+    """Stack arrays of different lengths into a tensor, filled on the right with zeros."""
     padded = [np.pad(array, [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
     return torch.from_numpy(np.stack(padded))
 
 
 def _describe(hidden: Tensor, head: Head, manifest: Manifest, generator: torch.Generator) -> dict[str, Tensor]:
-    """Turn hidden states, `[B, T, U]`, into columns, `[B, T, ...]`, a row of the batch at a time."""
+    """Turn the inputs of the teacher's head into signals, one row of the batch at a time.
+
+    Args:
+        hidden (`[B, T, U]`): the inputs of the head.
+
+    Returns:
+        for each column `[B, T, ...]`. Kind `top`: `teacher_tokens` (`[B, T, k]`), `teacher_log_probabilities`
+        (`[B, T, k]`, float16) and `teacher_log_rest` (`[B, T]`), in nats. Kind `samples`: `teacher_tokens` and
+        `teacher_entropy` (`[B, T]`, nats).
+    """
     parts: dict[str, list[Tensor]] = {}
     for row in hidden:
         p = Probabilities.from_logits(head(row)[:, : manifest.vocabulary].float() / manifest.temperature)

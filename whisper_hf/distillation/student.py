@@ -1,7 +1,9 @@
-"""Smaller students cut out of a trained teacher: fewer layers, narrower MLPs, fewer key-value heads.
+"""Cut a smaller student model out of a trained teacher: fewer layers, narrower MLPs, fewer key-value heads.
 
-What matters least on a few calibration tokens goes; what stays is copied bit for bit, so that distillation starts from
-the teacher's own features. Shape legend: `B` batch, `T` tokens, `N` visible tokens of a batch.
+The parts that matter least on a few calibration tokens are removed. The other weights are copied bit for bit, so that
+distillation starts from the teacher's own features.
+
+Legend: `B` rows of `T` tokens, `N` visible tokens of a batch.
 """
 
 import copy
@@ -25,7 +27,8 @@ from ..calibration import (
 from ..checkpoint_io import load_causal_lm, load_config
 from ..conversion import rebuild
 
-# part of a layer -> its width in the config, in groups of features that go as a whole; its projections (last: outwards)
+# For each part of a layer: the config field with its width, which counts groups of features that are kept or removed
+# together, and its projections, of which the last one leads out of the part
 PARTS = {
     "mlp": ("intermediate_size", ("gate_proj", "up_proj", "down_proj")),
     "self_attn": ("num_key_value_heads", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -42,32 +45,36 @@ def student_from(
     calibration: Iterable | None = None,
     importance: str = "perplexity",
 ) -> PreTrainedModel:
-    """Cut a smaller model of the same class out of a teacher; embeddings, final norm and head stay as they are.
+    """Cut a smaller model of the same class out of a teacher, and keep its embeddings, final norm and head.
 
-    Layers go first. In what is left, each MLP keeps the channels with the largest mean absolute activation (Minitron,
-    https://arxiv.org/abs/2407.14679), and each attention the key-value heads, with their query heads, whose output has
-    the largest mean norm.
+    Layers are removed first. In each layer that is left, the MLP keeps the channels with the largest mean absolute
+    activation (Minitron, https://arxiv.org/abs/2407.14679). The attention keeps the key-value heads whose output has
+    the largest mean norm, together with their query heads.
 
     Args:
-        teacher: a causal language model with the layers of Llama (WhisperLM, Llama, Mistral, Qwen2, Qwen3 and their
-            like), or a folder or Hub id of one. It is not changed, and shares no memory with the student.
-        num_hidden_layers: how many layers to keep, chosen by `importance`; or else
-        layers: which ones, as strictly increasing indices. Without either, all of them.
-        intermediate_size: channels that each MLP keeps; all by default.
-        num_key_value_heads: key-value heads that each layer keeps; all by default. The size of a head stays.
-        calibration: what to measure on where there is a choice: an iterable of token ids, `[T]` or `[B, T]` int64
-            tensors or lists, or of dicts with such `input_ids` and, against padding, an `attention_mask` (0: hidden).
-        importance: `"perplexity"` removes one layer at a time, the one without which the cross-entropy is lowest
-            (Shortened LLaMA, https://arxiv.org/abs/2402.02834, measured anew after each removal: one pass over the
-            calibration for each layer that is left). `"block_influence"` removes the layers that turn the hidden
-            states least (ShortGPT, https://arxiv.org/abs/2403.03853), in one pass altogether.
+        teacher: a causal language model with Llama's layers (WhisperLM, Llama, Mistral, Qwen2, Qwen3 and similar
+            families), or the folder or Hub id of one. It is not changed, and the student shares no memory with it.
+        num_hidden_layers: how many layers to keep; `importance` chooses them.
+        layers: which layers to keep, as strictly increasing indices. It excludes `num_hidden_layers`; without either,
+            all layers are kept.
+        intermediate_size: the number of channels that each MLP keeps; by default all.
+        num_key_value_heads: the number of key-value heads that each layer keeps; by default all. The size of a head
+            does not change.
+        calibration: the texts to measure on, needed if there is a choice. An iterable of token ids, as int64 tensors or
+            lists of shape `[T]` or `[B, T]`, or of dicts with these as `input_ids` and an optional `attention_mask` (0
+            hides padding).
+        importance: how to choose layers. `"perplexity"` removes the layer without which the cross-entropy is lowest,
+            and repeats this (Shortened LLaMA, https://arxiv.org/abs/2402.02834). Each removal costs one pass over the
+            calibration per layer that is left. `"block_influence"` removes the layers that change the direction of the
+            hidden states least (ShortGPT, https://arxiv.org/abs/2403.03853), which costs one pass in total.
 
     Returns:
-        The student in evaluation mode, on the teacher's device and in its dtype, with its generation config.
+        The student in evaluation mode, on the teacher's device and in its dtype, with the teacher's generation config.
 
     Raises:
-        ValueError: a teacher of another shape, quantized or spread over devices; sizes or indices out of range or
-            beyond what its family can represent; missing or malformed calibration; an unknown importance.
+        ValueError: a teacher without Llama's layers, quantized, or on several devices; sizes or indices that are out of
+            range or that the teacher's family cannot represent; missing or malformed calibration; an unknown
+            importance.
     """
     refuse_unknown(importance)
     teacher = _loaded(teacher)
@@ -91,10 +98,15 @@ def student_from(
 
 
 def _largest_groups(model: PreTrainedModel, kept: list[int], part: str, count: int, batches: Batches) -> list[Tensor]:
-    """For each kept layer return which groups of features to keep, `[count]` int64, in increasing order."""
+    """Find the groups of features with the largest mean norm in each kept layer.
+
+    Returns:
+        for each kept layer the indices of `count` groups, `[count]` int64, in increasing order.
+    """
     width, projections = PARTS[part]
 
-    def norms(inputs: Tensor, _: Tensor) -> Tensor:  # [N, features] to [N, groups]; of one feature, the absolute value
+    def norms(inputs: Tensor, _: Tensor) -> Tensor:
+        """Compute the norm of each group, from `[N, features]` to `[N, groups]`."""
         return inputs.unflatten(-1, (getattr(model.config, width), -1)).norm(dim=-1)
 
     layers = model.base_model.layers
@@ -104,17 +116,17 @@ def _largest_groups(model: PreTrainedModel, kept: list[int], part: str, count: i
 
 
 def _student_config(teacher: Any, kept: list[int], channels: int | None, heads: int | None) -> Any:
-    """Return an adjusted copy of the teacher's config, checked as it will be when it is loaded."""
+    """Copy the teacher's config, adjust it to the student's sizes, and validate it as loading will."""
     config = copy.deepcopy(teacher)
     config.intermediate_size = _size("intermediate_size", channels, config.intermediate_size)
     heads = _size("num_key_value_heads", heads, config.num_key_value_heads)
     if heads < config.num_key_value_heads:
-        # explicit: hidden_size // num_attention_heads will be another number
+        # `head_dim` must be explicit, because `hidden_size // num_attention_heads` changes
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         config.num_attention_heads = heads * (config.num_attention_heads // config.num_key_value_heads)
         config.num_key_value_heads = heads
     for name, value in list(vars(config).items()):
-        # lists of one entry per layer, by name as well as by length: eos_token_id can be a list as long
+        # lists with one entry per layer; the length is not enough, because `eos_token_id` may be a list as long
         if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
             setattr(config, name, [value[layer] for layer in kept])
     config.num_hidden_layers = len(kept)
@@ -129,7 +141,7 @@ def _student_config(teacher: Any, kept: list[int], channels: int | None, heads: 
 
 
 def _weights(teacher: PreTrainedModel, config: Any, kept: list[int], groups: dict[str, list[Tensor]]) -> dict:
-    """Copy the student's state dict from the teacher's: layers renumbered, kept groups selected where it is smaller."""
+    """Copy the student's weights from the teacher: renumber the layers, and select kept groups in smaller tensors."""
     with torch.device("meta"):
         student = type(teacher)(config).state_dict()
     source, prefix = teacher.state_dict(), f"{teacher.base_model_prefix}.layers."
@@ -147,6 +159,7 @@ def _weights(teacher: PreTrainedModel, config: Any, kept: list[int], groups: dic
 
 
 def _size(name: str, value: int | None, maximum: int) -> int:
+    """Validate a size of the student; `None` stands for the teacher's."""
     if value is None:
         return maximum
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
@@ -155,22 +168,29 @@ def _size(name: str, value: int | None, maximum: int) -> int:
 
 
 def _loaded(teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
-    """Load a folder or Hub id in the dtype it was saved in; refuse quantized weights before they are loaded."""
+    """Load a teacher that is given by name, in its saved dtype; refuse a quantized one before its weights are read."""
     is_name = isinstance(teacher, str | os.PathLike)
     config = load_config(teacher) if is_name else getattr(teacher, "config", None)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("got a teacher with a quantization_config; cut the full-precision one, quantize the student")
+        raise ValueError(
+            "the teacher must not be quantized, got one with a quantization_config; cut the full-precision teacher, "
+            "and quantize the student"
+        )
     return load_causal_lm(teacher, dtype="auto") if is_name else teacher
 
 
 def _refuse_other_shapes(teacher: PreTrainedModel) -> None:
+    """Raise a `ValueError` for a teacher on several devices or without Llama's layers."""
     devices = {str(parameter.device) for parameter in teacher.parameters()}
     if len(devices) != 1 or "meta" in devices:
-        raise ValueError(f"the teacher must lie on one device, got {sorted(devices)}; load it so")
+        raise ValueError(f"the teacher must lie on one device, got {sorted(devices)}; load it without a device_map")
     missing = [width for width, _ in PARTS.values() if not isinstance(getattr(teacher.config, width, None), int)]
     projections = {f"{part}.{name}" for part, (_, names) in PARTS.items() for name in names}
     for index, layer in enumerate(teacher.base_model.layers):
         linear = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         missing += [f"layers.{index}.{name}" for name in sorted(projections - linear)]
     if missing:
-        raise ValueError(f"the teacher must have Llama's layers, got none of {missing}; choose one of such a family")
+        raise ValueError(
+            f"the teacher must have Llama's layers, got a {type(teacher).__name__} without {missing}; choose a Llama, "
+            "Mistral, Qwen2, Qwen3 or WhisperLM"
+        )

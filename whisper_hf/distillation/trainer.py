@@ -1,4 +1,7 @@
-"""The Trainer: wiring between transformers' loop and the parts of this package."""
+"""A `Trainer` for distillation: it connects the training loop of transformers with the parts of this package.
+
+Legend: `B` rows of `T` tokens, `n` positions of a batch whose predictions count.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,32 +33,34 @@ from .teachers import (
     refuse_training_mode,
 )
 
+# columns of a data set that the Trainer must not drop
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_attention_mask", "teacher_position_ids", "teacher_labels", ROW)
 
 
 class DistillationTrainer(Trainer):
-    """Teaches a student what a teacher predicts (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+    """Train a student to predict what a teacher predicts (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
 
-    All that [`~transformers.Trainer`] does keeps working. Logged beside `loss`, each a mean per token: `divergence`
-    (times temperature squared), `cross_entropy`, `hidden_states`, `attention_outputs`. Evaluation reports the same
-    with `eval_`; `eval_cross_entropy` is what plain training calls `eval_loss`, exactly per token. Gradients that are
-    not finite stop training ([`~whisper_hf.FiniteGradientsCallback`]).
+    All features of [`~transformers.Trainer`] keep working. Beside `loss` it logs the mean per token of each term of the
+    loss: `divergence` (times temperature squared), `cross_entropy` and `diversity` in nats, `hidden_states` and
+    `attention_outputs` as ratios. Evaluation reports the terms with the prefix `eval_`. `eval_cross_entropy` is what
+    plain training calls `eval_loss`, as an exact mean per token. Gradients that are infinite or NaN stop the training
+    ([`~whisper_hf.FiniteGradientsCallback`]).
 
     Args:
-        model (`PreTrainedModel`): the student, also one wrapped by peft.
-        teacher (`PreTrainedModel`, `str` or `Path`): a model, also a quantized one, which is frozen and moved to the
-            student's device; the path or Hub id of one; or a folder of stored signals
-            (`whisper-hf cache-signals`).
-        args ([`DistillationConfig`]): the Trainer's arguments and the losses.
-        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's tokenizer, by default that
-            beside a teacher; compared with `processing_class`.
-        kwargs: as for [`~transformers.Trainer`]: `train_dataset`, `data_collator`, `processing_class`, ... Labels of
-            -100 do not count. With `divergence="universal"` batches also hold `teacher_input_ids`,
-            `teacher_attention_mask` and `teacher_labels`: the same text, in the teacher's tokens.
+        model (`PreTrainedModel`, perhaps wrapped by peft): the student.
+        teacher (`PreTrainedModel`, `str` or `Path`): a model, the path or Hub id of a model, or a folder of stored
+            signals (`whisper-hf cache-signals`). A model may be quantized; it is frozen and moved to the student's
+            device.
+        args ([`DistillationConfig`]): the arguments of the Trainer and of the losses.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's tokenizer, which is compared
+            with `processing_class`. By default it is loaded from the teacher's folder or Hub id.
+        kwargs: the other arguments of [`~transformers.Trainer`]: `train_dataset`, `data_collator`, `processing_class`,
+            ... Labels of -100 do not count. With `divergence="universal"`, batches also hold `teacher_input_ids`,
+            `teacher_attention_mask` and `teacher_labels`: the same text in the teacher's tokens.
 
     Raises:
-        ValueError: for what cannot be done, with the remedy: other tokenizers without the universal loss, signals of
-            other data, a teacher that is in training mode or shares parameters with the student, ...
+        ValueError: a combination that is impossible, with its remedy: different tokenizers without the universal
+            divergence, signals of other data, a teacher in training mode or with parameters of the student, ...
     """
 
     loss_is_scaled_for_ga = True
@@ -72,9 +77,12 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if teacher is None:
-            raise ValueError("a teacher is needed: a model, a path, a Hub id, or a folder of stored signals")
+            raise ValueError("a teacher is needed: pass a model, a path, a Hub id, or a folder of stored signals")
         if not isinstance(args, DistillationConfig):
-            raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}")
+            raise ValueError(
+                f"args must be a DistillationConfig, got {type(args).__name__}; DistillationConfig takes all arguments "
+                "of TrainingArguments"
+            )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the distillation loss; use the stock Trainer with it")
         self.signals = StoredSignals(teacher) if is_signals(teacher) else None
@@ -88,9 +96,12 @@ class DistillationTrainer(Trainer):
             self.add_callback(FiniteGradientsCallback())
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"DataParallel over {self.args.n_gpu} GPUs is not supported; start with `accelerate launch`"
+                f"distillation needs one GPU per process, got DataParallel over {self.args.n_gpu} GPUs; start with "
+                "`accelerate launch`"
             )
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # the loss is ours, whatever the model takes
+        # the loss is computed here, so it does not matter what the model's own loss accepts
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
         self.teacher: Any = None
         self._student_head: HeadReplacement | None = None
         self._sums: dict[str, Tensor] = {}
@@ -101,8 +112,9 @@ class DistillationTrainer(Trainer):
     # --- setting up ---
 
     def _prepare_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Load, check and place the teacher, and what its states are matched with."""
-        matching = wrapped = None
+        """Load, check and place the teacher or its stored signals, and build the matching of states."""
+        matching = None
+        wrapped_matching = None
         self._refuse_combinations()
         if self.signals is not None:
             self.data_collator: Any = SignalCollator(self.data_collator, self.signals, self._label_name)
@@ -115,35 +127,39 @@ class DistillationTrainer(Trainer):
                 sizes = head_size(self.model), head_size(self.teacher)
                 refuse_other_vocabulary(sizes, self.processing_class, tokenizer or load_tokenizer(teacher))
             if self.args.state_kinds:
-                matching, wrapped = self._build_matching()
+                matching, wrapped_matching = self._build_matching()
         placed = None
         if self.teacher is not None:
             placed = place_teacher(self.teacher, self.accelerator, self.args.shard_teacher)
         self.matching = matching
         stored = None if self.signals is None else self.signals.manifest.vocabulary
-        self._forward = DistillationForward(self.args, placed, self.teacher, wrapped, stored)
+        self._forward = DistillationForward(self.args, placed, self.teacher, wrapped_matching, stored)
 
     def _refuse_combinations(self) -> None:
         """Raise a `ValueError` for options that exclude each other."""
-        args, stored = self.args, self.signals
+        args = self.args
+        stored = self.signals
         universal = "universal" in args.divergences
-        for refused, what in (
-            (stored and (args.on_policy_fraction or args.state_kinds or universal), "stored signals"),
-            (universal and (args.on_policy_fraction or args.state_kinds), 'divergence="universal"'),
+        needs_teacher_model = args.on_policy_fraction or args.state_kinds
+        others = "on-policy text, hidden states or attention outputs"
+        for refused, what, excluded in (
+            (stored and (needs_teacher_model or universal), "stored signals", f'{others}, or divergence="universal"'),
+            (universal and needs_teacher_model, 'divergence="universal"', others),
         ):
             if refused:
                 raise ValueError(
-                    f"{what} cannot be combined with on-policy text, hidden states, attention outputs (or each other); "
-                    "use a teacher with the student's tokenizer, as a model"
+                    f"{what} cannot be combined with {excluded}, got on_policy_fraction={args.on_policy_fraction}, "
+                    f"states {args.state_kinds} and divergence={args.divergence!r}; use a teacher with the student's "
+                    "tokenizer, as a model"
                 )
         if stored and stored.manifest.kind == "samples" and set(args.divergences) != {"forward_kl"}:
             raise ValueError(
                 f'sampled signals are unbiased for "forward_kl" alone, got divergence={args.divergences}; store the '
-                "likeliest tokens instead (`cache --top-k`)"
+                "likeliest tokens instead (`whisper-hf cache-signals --top-k`)"
             )
 
     def _build_matching(self) -> tuple[StateMatching, nn.Module]:
-        """Build what compares states, and wrap it where processes must agree on its projections."""
+        """Build the matching of states, and a wrapper of it that averages gradients over processes if it needs one."""
         configs = self.model.config, self.teacher.config
         matching = StateMatching(*configs, self.args.layer_pairs, self.args.state_kinds)
         matching.to(self.args.device)
@@ -152,8 +168,8 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 f"student and teacher have hidden sizes {self.model.config.hidden_size} and "
-                f"{self.teacher.config.hidden_size}; the projections this needs are not supported under FSDP and "
-                "DeepSpeed; use DDP or a student as wide as the teacher"
+                f"{self.teacher.config.hidden_size}, expected equal sizes under FSDP and DeepSpeed, which cannot train "
+                "the projections between them; use DDP, or a student as wide as the teacher"
             )
         return matching, self.accelerator.prepare_model(matching)
 
@@ -163,7 +179,11 @@ class DistillationTrainer(Trainer):
             self._signature_columns = [*(self._signature_columns or ()), *TEACHER_COLUMNS]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, which also trains the projections of hidden states, and never the teacher."""
+        """Create the optimizer of the student and of the projections of its states.
+
+        Raises:
+            ValueError: an optimizer that holds parameters of the teacher.
+        """
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.matching is not None and list(self.matching.parameters()):
@@ -186,12 +206,19 @@ class DistillationTrainer(Trainer):
     # --- training ---
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Collect the batches of an optimizer step; in some steps, let the student write them anew."""
+        """Collect the batches of an optimizer step, and in on-policy steps let the student rewrite them.
+
+        Returns:
+            the batches, and the number of their labels, or `None` where the Trainer does not count them.
+
+        Raises:
+            ValueError: a step without any label.
+        """
         if self.matching is not None:
-            self.matching.zero_grad()  # the Trainer empties the gradients of the model alone
+            self.matching.zero_grad()  # the Trainer clears the gradients of the model only
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and is_on_policy_step(self.args.on_policy_fraction, self.args.seed, self.state.global_step):
-            with torch.random.fork_rng():  # what is sampled depends on the step alone, so resuming changes nothing
+            with torch.random.fork_rng():  # samples depend on the number of the step only, so resuming changes nothing
                 torch.manual_seed(step_seed(self.args.seed, self.state.global_step, self.args.process_index))
                 batches = [self._write_batch(batch) for batch in batches]
             count = self._get_num_items_in_batch(batches, device)
@@ -205,7 +232,7 @@ class DistillationTrainer(Trainer):
         return super()._get_num_items_in_batch(named, device)
 
     def _write_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Let the student continue the prompts of a batch."""
+        """Let the student continue the prompts of a batch, and return a batch of its text."""
         batch = self._prepare_inputs(batch)
         student = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         pad = getattr(self.processing_class, "pad_token_id", None)
@@ -236,10 +263,21 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of a batch: a sum over its tokens, divided by those of the whole optimizer step."""
+        """Compute the loss of a batch: the sum over its tokens, divided by the number of tokens of the optimizer step.
+
+        Args:
+            model (`nn.Module`): the student, as wrapped for training.
+            inputs (mapping from `str` to tensors): a collated batch, with labels `[B, T]`.
+            return_outputs (`bool`): whether to return logits, too; this costs a second forward pass.
+            num_items_in_batch (`int` or 0-dim tensor, *optional*): the number of labels of the whole optimizer step;
+                by default the number of labels of the batch.
+
+        Returns:
+            the loss (scalar), and with `return_outputs` an output with `logits`, `[B, T, V]`.
+        """
         if torch.is_grad_enabled():
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, SequenceUnlikelihoodCallback):  # needs the head, which is replaced below
+                if isinstance(callback, SequenceUnlikelihoodCallback):  # it needs the head, which is replaced below
                     callback.join(self.model, inputs)
         batch = Batch.split(inputs, self._label_name)
         losses = self._losses(model, batch)
@@ -253,6 +291,7 @@ class DistillationTrainer(Trainer):
         return loss, CausalLMOutput(logits=model(**batch.inputs, use_cache=False).logits)
 
     def _losses(self, model: nn.Module, batch: Batch) -> BatchLosses:
+        """Run student and teacher over a batch, and compute its losses."""
         if self.teacher is not None:
             refuse_training_mode(self.teacher)
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -263,7 +302,7 @@ class DistillationTrainer(Trainer):
     # --- reporting ---
 
     def _record(self, losses: BatchLosses, batch: Batch, is_training: bool) -> None:
-        """Add to the sums that are logged, on the device."""
+        """Add the terms of a batch to the sums for the log, or keep them per row for the evaluation."""
         if is_training:
             for name, values in losses.terms.items():
                 pair = torch.stack([values.sum(), values.new_tensor(len(values))])
@@ -277,7 +316,10 @@ class DistillationTrainer(Trainer):
         self._eval_rows.append(self.accelerator.gather_for_metrics(torch.stack(columns, dim=1)).cpu())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, in training with the mean of each term over tokens, steps and processes."""
+        """Log values, and in training also the mean of each term of the loss since the last log.
+
+        The mean is over all tokens, steps and processes.
+        """
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
             sums = self.accelerator.reduce(torch.stack([self._sums[name].double() for name in names]), "sum")
@@ -292,7 +334,11 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Evaluate a batch; logits are computed only for those who ask for them."""
+        """Evaluate a batch, and compute logits only on demand.
+
+        Returns:
+            the loss, logits and labels. Logits and labels are `None` with `prediction_loss_only`.
+        """
         if not prediction_loss_only or self._label_name not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -300,7 +346,10 @@ class DistillationTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate; losses are means over tokens, whatever the size and padding of batches."""
+        """Evaluate a data set, and report each term of the loss as a mean over its tokens.
+
+        The means do not depend on the size and padding of batches.
+        """
         self._eval_rows = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_rows:
@@ -308,7 +357,7 @@ class DistillationTrainer(Trainer):
             means = {name: total / max(count, 1) for name, total in zip(self._eval_terms, sums, strict=True)}
             output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
             weights = {name: getattr(self.args, f"{name}_weight") for name in means}
-            if "divergence" not in means:  # signals are of the training data: plain cross-entropy
+            if "divergence" not in means:  # stored signals cover the training data only, so this is plain evaluation
                 weights = {"cross_entropy": 1.0}
             output.metrics[f"{metric_key_prefix}_loss"] = sum(weights[name] * means[name] for name in weights)
         return output

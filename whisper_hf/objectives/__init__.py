@@ -1,4 +1,4 @@
-"""Objectives of training: pure functions of tensors, per token, masked and reduced in one place."""
+"""Training objectives: pure functions of tensors, whose values per token are masked and reduced in one place."""
 
 from ..model.repetition_loss import contrast_loss, repeating_tokens
 from .chunked import TokenLosses, chunked_distillation_loss

@@ -1,9 +1,11 @@
-"""Divergences of a student's distribution from a teacher's, each with its derivative.
+"""Divergences between a teacher's and a student's distribution, each with its derivative.
 
-Legend: `n` tokens, `m` outcomes (the vocabulary, or stored tokens and the rest), `p` the teacher, `q` the student.
-Values are one per token; masking and averaging is the caller's. Derivatives are with respect to `log q`, with the
-outcomes taken for independent: [`logits_gradient`] turns them into those of the logits. They are written out because
-matrices as wide as a vocabulary deserve few passes, where autograd takes many.
+Legend: `n` tokens, `m` outcomes (the vocabulary, or the stored tokens and the rest), `p` the teacher's distribution,
+`q` the student's.
+
+Each function returns one value per token, and the caller masks and averages. The derivatives are with respect to
+`log q`, as if the outcomes were independent; [`logits_gradient`] turns them into gradients of the logits. They are
+written out because autograd would pass over the `[n, m]` matrices far more often.
 """
 
 import functools
@@ -15,24 +17,29 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-LOWEST_LOG = -1e4  # stands for log 0, which times a probability of 0 would not be a number
+LOWEST_LOG = -1e4  # replaces log 0 = -inf, because 0 * -inf is NaN
 
 
 class Probabilities(NamedTuple):
-    """A distribution for each token: `log` and `value`, both `[n, m]`, float32 or float64."""
+    """A probability distribution for each token.
+
+    Attributes:
+        log (`[n, m]`, float32 or float64): logarithms of the probabilities, at least `LOWEST_LOG`.
+        value (`[n, m]`, the dtype of `log`): the probabilities.
+    """
 
     log: Tensor
     value: Tensor
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> "Probabilities":
-        """Normalise `[n, m]` logits."""
+        """Compute the distributions from logits, `[n, m]`, by a softmax."""
         log = logits.log_softmax(-1).clamp_(min=LOWEST_LOG)
         return cls(log, log.exp())
 
     @classmethod
     def from_log(cls, log: Tensor) -> "Probabilities":
-        """Take `[n, m]` normalised logarithms, `-inf` for impossible outcomes."""
+        """Compute the distributions from log-probabilities, `[n, m]`; impossible outcomes may be `-inf`."""
         log = log.clamp(min=LOWEST_LOG)
         return cls(log, log.exp())
 
@@ -41,10 +48,10 @@ Divergence = Callable[[Probabilities, Probabilities], tuple[Tensor, Tensor]]
 
 
 def forward_kl(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
-    """`KL(p || q) = sum p (log p - log q)`: the student covers all that the teacher says.
+    """Compute the forward KL, `KL(p || q) = sum p (log p - log q)`.
 
-    The default: as much probability as the teacher gives, to everything. Hinton et al. 2015,
-    https://arxiv.org/abs/1503.02531.
+    The student learns to give each token the probability that the teacher gives it. This is the default. Hinton et al.
+    2015, https://arxiv.org/abs/1503.02531.
 
     Returns:
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
@@ -53,10 +60,10 @@ def forward_kl(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
 
 
 def reverse_kl(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
-    """`KL(q || p) = sum q (log q - log p)`: the student avoids what the teacher would not say.
+    """Compute the reverse KL, `KL(q || p) = sum q (log q - log p)`.
 
-    For students far smaller than the teacher, which cannot cover it all. Gu et al. 2023 (MiniLLM),
-    https://arxiv.org/abs/2306.08543.
+    The student learns to avoid what the teacher would not say. It suits a student that is far smaller than the teacher
+    and cannot cover all that the teacher says. Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543.
 
     Returns:
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
@@ -66,9 +73,10 @@ def reverse_kl(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
 
 
 def jensen_shannon(p: Probabilities, q: Probabilities, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    """`beta KL(p || m) + (1 - beta) KL(q || m)` with `m = beta p + (1 - beta) q`: bounded, between the two KLs.
+    """Compute the generalized Jensen-Shannon divergence, which is bounded and lies between forward and reverse KL.
 
-    Agarwal et al. 2023 (GKD), https://arxiv.org/abs/2306.13649; `0 < beta < 1`.
+    `beta KL(p || m) + (1 - beta) KL(q || m)` with `m = beta p + (1 - beta) q` and `0 < beta < 1`. Agarwal et al. 2023
+    (GKD), https://arxiv.org/abs/2306.13649.
 
     Returns:
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
@@ -81,9 +89,10 @@ def jensen_shannon(p: Probabilities, q: Probabilities, beta: float = 0.5) -> tup
 
 
 def skewed_kl(p: Probabilities, q: Probabilities, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
-    """`KL(p || m)` with `m = alpha p + (1 - alpha) q`: forward KL whose gradient stays bounded where q is small.
+    """Compute the skewed forward KL, whose gradient stays bounded where the student's probability is small.
 
-    Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898; `0 < alpha < 1`.
+    `KL(p || m)` with `m = alpha p + (1 - alpha) q` and `0 < alpha < 1`. Ko et al. 2024 (DistiLLM),
+    https://arxiv.org/abs/2402.03898.
 
     Returns:
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
@@ -94,9 +103,10 @@ def skewed_kl(p: Probabilities, q: Probabilities, alpha: float = 0.1) -> tuple[T
 
 
 def skewed_reverse_kl(p: Probabilities, q: Probabilities, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
-    """`KL(q || m)` with `m = alpha q + (1 - alpha) p`: reverse KL that is finite where the teacher says never.
+    """Compute the skewed reverse KL, which is finite where the teacher's probability is 0.
 
-    Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898; `0 < alpha < 1`.
+    `KL(q || m)` with `m = alpha q + (1 - alpha) p` and `0 < alpha < 1`. Ko et al. 2024 (DistiLLM),
+    https://arxiv.org/abs/2402.03898.
 
     Returns:
         value (`[n]`, nats) and derivative with respect to `log q` (`[n, m]`).
@@ -107,12 +117,12 @@ def skewed_reverse_kl(p: Probabilities, q: Probabilities, alpha: float = 0.1) ->
 
 
 def total_variation(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
-    """`sum |p - q| / 2`: the largest difference in the probability of anything; robust, but slow to learn from.
+    """Compute the total variation, `sum |p - q| / 2`: the largest difference in the probability of any event.
 
-    Wen et al. 2023, https://arxiv.org/abs/2307.15190.
+    It is robust, but slow to learn from. Wen et al. 2023, https://arxiv.org/abs/2307.15190.
 
     Returns:
-        value (`[n]`, ratio) and derivative with respect to `log q` (`[n, m]`).
+        value (`[n]`, ratio in [0, 1]) and derivative with respect to `log q` (`[n, m]`).
     """
     difference = q.value - p.value
     value = difference.abs().sum(-1) / 2
@@ -120,10 +130,13 @@ def total_variation(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]
 
 
 def universal(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
-    """`sum |p_(i) - q_(i)|` over the sorted probabilities: compares shapes, whatever tokens they belong to.
+    """Compute the distance of the sorted probabilities, `sum_i |p_(i) - q_(i)|`, which ignores the tokens' identity.
 
-    For a teacher with another tokenizer: it knows how sure the teacher is, not of what, so combine it with
-    cross-entropy. The vocabularies may differ in size. Boizard et al. 2024, https://arxiv.org/abs/2402.12030.
+    It serves a teacher with another tokenizer, whose vocabulary may differ in size. It says how sure the teacher is,
+    but not of which token, so combine it with cross-entropy. Boizard et al. 2024, https://arxiv.org/abs/2402.12030.
+
+    Args:
+        p (`[n, u]`), q (`[n, m]`): `u` and `m` may differ; the smaller one is filled with probabilities of 0.
 
     Returns:
         value (`[n]`, ratio in [0, 2]) and derivative with respect to `log q` (`[n, m]`).
@@ -131,30 +144,40 @@ def universal(p: Probabilities, q: Probabilities) -> tuple[Tensor, Tensor]:
     sorted_q, order = q.value.sort(-1, descending=True)
     sorted_p = p.value.sort(-1, descending=True).values
     missing = sorted_q.shape[-1] - sorted_p.shape[-1]
-    rest = sorted_p[:, sorted_q.shape[-1] :].sum(-1)  # against probabilities of 0
-    difference = sorted_q - torch.nn.functional.pad(sorted_p, (0, missing))  # a negative padding cuts off
+    rest = sorted_p[:, sorted_q.shape[-1] :].sum(-1)  # distance of surplus outcomes of `p` from probabilities of 0
+    difference = sorted_q - torch.nn.functional.pad(sorted_p, (0, missing))  # a negative padding cuts columns off
     value = difference.abs().sum(-1) + rest
     return value, torch.empty_like(sorted_q).scatter_(-1, order, difference.sign_()).mul_(q.value)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Return the products of rows, `[n]`; autocast would round them."""
+    """Compute the scalar product of each pair of rows, `[n]`, outside autocast, which would round it."""
     with maybe_autocast(left.device.type, enabled=False):
         return torch.linalg.vecdot(left, right)
 
 
 def _log_mixture(p: Probabilities, q: Probabilities, weight: float) -> Tensor:
-    """Return `log(weight p + (1 - weight) q)`, exact also where both probabilities underflow."""
+    """Compute `log(weight p + (1 - weight) q)`, `[n, m]`, accurate also where both probabilities underflow."""
     return torch.logaddexp(p.log + math.log(weight), q.log + math.log1p(-weight))
 
 
 def wide(states: Tensor) -> torch.dtype:
-    """Return the dtype of sums: many small numbers added in half precision would be lost."""
+    """Return the dtype for sums over a tensor: float32 at least, because half precision loses small summands."""
     return torch.promote_types(states.dtype, torch.float32)
 
 
 def logits_gradient(derivative: Tensor, q: Probabilities) -> Tensor:
-    """Turn a derivative with respect to `log q` (`[n, m]`, overwritten) into that with respect to q's logits."""
+    """Turn a derivative with respect to `log q` into the gradient of the student's logits.
+
+    `g_i = d_i - q_i * sum_j d_j`, for the derivative `d`.
+
+    Args:
+        derivative (`[n, m]`): it is overwritten.
+        q ([`Probabilities`], `[n, m]`): the student's distributions.
+
+    Returns:
+        `[n, m]`: the gradient of the logits.
+    """
     return derivative.addcmul_(q.value, derivative.sum(-1, keepdim=True), value=-1)
 
 
@@ -166,24 +189,28 @@ DIVERGENCES: dict[str, Divergence] = {**SAME_TOKENS, universal.__name__: univers
 
 
 def weighted_divergence(weights: Mapping[str, float], beta: float = 0.5, alpha: float = 0.1) -> Divergence:
-    """Return the weighted sum of divergences.
+    """Build the weighted sum of one or more divergences.
 
     Args:
-        weights (mapping from a name in `DIVERGENCES` to a positive weight).
-        beta (`float`): of [`jensen_shannon`], between 0 and 1.
-        alpha (`float`): of [`skewed_kl`] and [`skewed_reverse_kl`], between 0 and 1.
+        weights (mapping from `str` to `float`): names in `DIVERGENCES`, with positive weights.
+        beta (`float`): the parameter of [`jensen_shannon`], between 0 and 1.
+        alpha (`float`): the parameter of [`skewed_kl`] and [`skewed_reverse_kl`], between 0 and 1.
+
+    Returns:
+        a function of `p` and `q`, like [`forward_kl`]: it returns value (`[n]`) and derivative with respect to `log q`
+            (`[n, m]`).
 
     Raises:
-        ValueError: an unknown name, a weight that is not positive, or a `beta` or `alpha` outside its range.
+        ValueError: no name, an unknown name, a weight that is not positive, or a `beta` or `alpha` outside its range.
     """
     for name, weight in weights.items():
         if name not in DIVERGENCES:
             raise ValueError(f"unknown divergence {name!r}; expected one of {', '.join(DIVERGENCES)}")
         if not weight > 0:
-            raise ValueError(f"the weight of {name} must be positive, got {weight}; leave out what is not wanted")
+            raise ValueError(f"the weight of {name} must be positive, got {weight}; leave {name} out to ignore it")
     for what, ratio in (("beta", beta), ("alpha", alpha)):
         if not 0 < ratio < 1:
-            raise ValueError(f"{what} must lie between 0 and 1, got {ratio}; the ends are forward_kl and reverse_kl")
+            raise ValueError(f"{what} must lie between 0 and 1, got {ratio}; for 0 or 1 use forward_kl or reverse_kl")
     if not weights:
         raise ValueError(f"no divergence given; expected one of {', '.join(DIVERGENCES)}")
     options = {"jensen_shannon": {"beta": beta}, "skewed_kl": {"alpha": alpha}, "skewed_reverse_kl": {"alpha": alpha}}
@@ -193,10 +220,12 @@ def weighted_divergence(weights: Mapping[str, float], beta: float = 0.5, alpha: 
         (first, weight), *others = terms
         value, derivative = first(p, q)
         if weight != 1:
-            value, derivative = value.mul_(weight), derivative.mul_(weight)
+            value.mul_(weight)
+            derivative.mul_(weight)
         for term, weight in others:
-            more = term(p, q)
-            value, derivative = value.add_(more[0], alpha=weight), derivative.add_(more[1], alpha=weight)
+            more_value, more_derivative = term(p, q)
+            value.add_(more_value, alpha=weight)
+            derivative.add_(more_derivative, alpha=weight)
         return value, derivative
 
     return weighted_sum

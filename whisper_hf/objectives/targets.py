@@ -1,6 +1,7 @@
-"""What a student's predictions are compared with: a teacher's own predictions, or stored ones.
+"""Targets of a student's predictions: the teacher's live predictions, or predictions stored on disk.
 
-Legend: that of `divergences.py`; also `U` the width of the teacher, `k` stored tokens.
+Legend: `n` tokens, `m` tokens of a chunk, `V` vocabulary of the student, `U` width of the teacher, `k` stored tokens of
+a position, `p` and `q` the distributions of teacher and student.
 """
 
 from dataclasses import dataclass
@@ -14,35 +15,36 @@ from .lm_head import Head
 
 
 class Target(Protocol):
-    """A teacher's predictions for `n` tokens."""
+    """A teacher's predictions for `n` tokens, to compare a student's predictions with."""
 
     @property
     def vocabulary(self) -> int | None:
-        """Number of leading tokens that student and teacher have in common; `None`: all of the student's."""
+        """The number of tokens that both models have, counted from token 0; `None` means all of the student's."""
 
     def compare(self, q: Probabilities, rows: slice) -> tuple[Tensor, Tensor]:
-        """Compare with the student's predictions for some of the tokens.
+        """Compute the divergence of the student's predictions for some of the tokens.
 
         Args:
-            q ([`Probabilities`], `[m, V]`): the student's, at the temperature of the teacher's.
-            rows (`slice`): which of the `n` tokens.
+            q ([`Probabilities`], `[m, V]`): the student's distributions, at the teacher's temperature.
+            rows (`slice`): which `m` of the `n` tokens.
 
         Returns:
-            divergences (`[m]`) and derivatives with respect to `log q` (`[m, V]`).
+            divergences (`[m]`, nats or a ratio) and derivatives with respect to `log q` (`[m, V]`).
         """
 
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """A teacher's hidden states and head.
+    """A teacher's predictions, as the hidden states and the head that give its logits.
 
     Attributes:
-        hidden (`[n, U]`, any float): what the teacher's head sees.
-        head ([`Head`]): the teacher's.
-        divergence: from [`weighted_divergence`].
-        temperature (`float`): of the softmax.
-        has_partner (`[n]`, bool, *optional*): tokens without a partner in the teacher's text are left out.
-        is_universal (`bool`): vocabularies have nothing in common; else token `i` means the same in both.
+        hidden (`[n, U]`, any float): the inputs of the teacher's head.
+        head ([`Head`]): the teacher's head.
+        divergence: a function from [`weighted_divergence`].
+        temperature (`float`): the temperature of the softmax.
+        has_partner (`[n]`, bool, *optional*): whether a token has a partner in the teacher's text. The divergence is 0
+            where it has no partner.
+        is_universal (`bool`): whether the vocabularies are unrelated. Otherwise token `i` is the same in both.
     """
 
     hidden: Tensor
@@ -54,7 +56,10 @@ class TeacherTarget:
 
     @property
     def vocabulary(self) -> int | None:
-        """The teacher's; a larger padding than the student's is cut off, not filled."""
+        """The size of the teacher's vocabulary, or `None` if the vocabularies are unrelated.
+
+        It may exceed the student's by padding, which is then cut off.
+        """
         return None if self.is_universal else self.head.vocabulary
 
     @torch.no_grad()
@@ -72,16 +77,19 @@ class TeacherTarget:
 
 @dataclass(frozen=True)
 class StoredTop:
-    """The teacher's likeliest tokens, and what probability is left for all others together.
+    """The stored probabilities of the teacher's `k` likeliest tokens and of all other tokens together.
 
-    The divergence is that of distributions over `k + 1` outcomes, the last of which is "any other token": nothing is
-    renormalised, so a perfect student still reaches 0, and it never exceeds the divergence over all tokens.
+    The divergence compares distributions over `k + 1` outcomes, the last of which is "any other token". The `k`
+    probabilities are not rescaled to a sum of 1. A perfect student therefore reaches 0, and the value never exceeds the
+    divergence over all tokens.
 
     Attributes:
-        tokens (`[n, k]`, int64): distinct.
-        log_probabilities (`[n, k + 1]`, float): of them, and of any other token, in nats.
-        divergence: from [`weighted_divergence`].
-        vocabulary (`int`, *optional*): number of leading tokens that were predicted; `None`: all of the student's.
+        tokens (`[n, k]`, int64): the likeliest tokens of each position, distinct.
+        log_probabilities (`[n, k + 1]`, any float): the log-probabilities of these tokens, and last of any other token,
+            in nats.
+        divergence: a function from [`weighted_divergence`].
+        vocabulary (`int`, *optional*): number of tokens that the teacher predicts, counted from token 0; `None` means
+            all of the student's.
     """
 
     tokens: Tensor
@@ -93,26 +101,28 @@ class StoredTop:
     def compare(self, q: Probabilities, rows: slice) -> tuple[Tensor, Tensor]:
         """See [`Target`]."""
         tokens = self.tokens[rows]
-        p = Probabilities.from_logits(self.log_probabilities[rows].to(q.log.dtype))  # rounded, so not quite normalised
+        # stored values are rounded, so they are normalised again
+        p = Probabilities.from_logits(self.log_probabilities[rows].to(q.log.dtype))
         others = q.log.scatter(1, tokens, LOWEST_LOG)
         rest = others.logsumexp(-1, keepdim=True)
         log_q = torch.cat([q.log.gather(1, tokens), rest], dim=1)
         value, derivative = self.divergence(p, Probabilities.from_log(log_q))
-        # "any other" is a sum: its derivative is shared out by probability
+        # "any other token" is a sum over tokens, each of which receives a share of its derivative by probability
         return value, others.sub_(rest).exp_().mul_(derivative[:, -1:]).scatter_(1, tokens, derivative[:, :-1])
 
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """Tokens drawn from the teacher's distribution, which estimate its forward KL and the gradient without bias.
+    """Tokens drawn from the teacher's distribution, an unbiased estimate of the forward KL and its gradient.
 
-    Truncating to the likeliest tokens and renormalising, as is usual, teaches a distribution that is too sure of
-    itself. Anshumann et al. 2025 (Sparse Logit Sampling), https://arxiv.org/abs/2503.16870.
+    The usual truncation to the likeliest tokens, renormalised, teaches a distribution that is too sure of itself.
+    Anshumann et al. 2025 (Sparse Logit Sampling), https://arxiv.org/abs/2503.16870.
 
     Attributes:
-        tokens (`[n, k]`, int64): drawn with replacement, each standing for a probability of `1 / k`.
-        entropy (`[n]`, float): of the teacher's distribution, in nats.
-        vocabulary (`int`, *optional*): number of leading tokens that were predicted; `None`: all of the student's.
+        tokens (`[n, k]`, int64): tokens drawn with replacement; each stands for a probability of `1 / k`.
+        entropy (`[n]`, any float): the entropy of the teacher's distribution, in nats.
+        vocabulary (`int`, *optional*): number of tokens that the teacher predicts, counted from token 0; `None` means
+            all of the student's.
     """
 
     tokens: Tensor

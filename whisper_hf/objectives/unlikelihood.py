@@ -22,7 +22,7 @@ from .divergences import LOWEST_LOG, wide
 
 
 def repeated_ngrams(targets: Tensor, documents: Tensor | None = None, *, n: int = 4) -> Tensor:
-    """Find the tokens of n-grams that began earlier in the same document, too.
+    """Find the tokens of n-grams that have an earlier occurrence in the same document.
 
     An n-gram is a sequence of `n` tokens that all count. Two n-grams may overlap: of `a a a a a`, all tokens but the
     first are repeated for `n = 4`.
@@ -38,7 +38,7 @@ def repeated_ngrams(targets: Tensor, documents: Tensor | None = None, *, n: int 
         ValueError: `n` below 1, or documents of another shape than targets.
     """
     if n < 1:
-        raise ValueError(f"n must be at least 1 token, got {n}")
+        raise ValueError(f"n must be at least 1 token, got {n}; the paper uses 4")
     repeated = torch.zeros_like(targets, dtype=torch.bool)
     starts = targets.shape[1] - n + 1
     if starts < 1:
@@ -140,7 +140,10 @@ def number_documents(targets: Tensor, documents: Tensor | None) -> Tensor:
         ValueError: documents of another shape than targets.
     """
     if documents is not None and documents.shape != targets.shape:
-        raise ValueError(f"expected documents like targets, {list(targets.shape)}, got {list(documents.shape)}")
+        raise ValueError(
+            f"documents must have the shape of targets, {list(targets.shape)}, got {list(documents.shape)}; give each "
+            "token the number of its document"
+        )
     row = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
     return row if documents is None else number_pairs(row, documents - documents.min(), row >= 0)
 
@@ -148,7 +151,7 @@ def number_documents(targets: Tensor, documents: Tensor | None) -> Tensor:
 def number_pairs(key: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
     """Number the distinct pairs of a key and a token.
 
-    A pair that does not count has a number that no other pair has, equal ones included.
+    A pair that does not count gets a number of its own, which no equal pair shares.
 
     Args:
         key, tokens (`[B, T]`, int64): keys are at least 0.
@@ -168,4 +171,7 @@ def number_pairs(key: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
 def check_shapes(values: Tensor, targets: Tensor) -> None:
     """Refuse values that are not `[B, T, ...]`, and targets that are not `[B, T]`."""
     if values.dim() != 3 or values.shape[:2] != targets.shape:
-        raise ValueError(f"expected [B, T, ...] and [B, T], got {[*values.shape]} and {[*targets.shape]}; shift both")
+        raise ValueError(
+            f"expected shapes [B, T, ...] and [B, T], got {list(values.shape)} and {list(targets.shape)}; pass values "
+            "and the targets that they predict, shifted alike"
+        )
