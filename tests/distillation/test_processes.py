@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ..helpers import distillation_processes
-from ..helpers.two_processes import run_two_processes
+from ..helpers.warm_processes import run_two_processes
 from .test_trainer import KINDS, TERMS, examples, pad, train, trainer_of
 
 

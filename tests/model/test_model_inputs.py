@@ -33,7 +33,7 @@ from whisper_hf.model.pretrained_base import ATTENTION_IMPLEMENTATIONS
 from whisper_hf.quantization import quantize
 
 from ..conftest import LENGTH, SIZES, VOCABULARY, tiny_model, tokens
-from ..helpers.two_processes import run_two_processes
+from ..helpers.warm_processes import run_two_processes
 
 EVERY_ATTENTION = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 PADDING = {"left": slice(0, 30), "right": slice(130, LENGTH)}

@@ -29,7 +29,7 @@ from whisper_hf.repetition.metrics import distinct, looping_share, sequence_repe
 from whisper_hf.repetition.monitor_callback import DiversityCallback
 
 from ..conftest import SIZES, VOCABULARY, tiny_model, tokens
-from ..helpers.two_processes import run_two_processes
+from ..helpers.warm_processes import run_two_processes
 
 PROMPT, NEW = 6, 12  # tokens
 LENGTHS = {"prompt_tokens": PROMPT, "new_tokens": NEW}

@@ -15,7 +15,7 @@ from whisper_hf.model.attention import layout_from_inputs
 from ..conftest import LENGTH, SIZES, SPARSE, tiny_model, tokens
 from ..helpers import tensor_parallel_processes
 from ..helpers.tensor_parallel_processes import GENERATIONS, HIDDEN, generations, heads, padded, predictions
-from ..helpers.two_processes import run_two_processes
+from ..helpers.warm_processes import run_two_processes
 
 BUDGET = 48
 CASES = {
