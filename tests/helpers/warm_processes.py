@@ -1,4 +1,4 @@
-"""Start processes that have imported torch and transformers already: they are forked from a server that did so once.
+"""Start processes with torch and transformers imported already: they are forked from a server that did so once.
 
 The server is the one of multiprocessing's start method "forkserver". It computes nothing itself.
 """
@@ -47,7 +47,7 @@ def run_script(
 ) -> CompletedProcess[str]:
     """Run a file, or a module by its dotted name, with command-line arguments; return its exit status and output.
 
-    `environment` is added to that of the caller; both have one thread each for OpenMP and MKL.
+    `environment` is added to the environment of the caller; OpenMP and MKL get one thread.
     """
     set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
