@@ -1,5 +1,6 @@
 """Tiny models and texts that the tests share: sequences are always several times longer than the sparse budget."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,17 @@ def _fixed_seed() -> Iterator[None]:
     set_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Exempt what has been imported from garbage collection, which each training of a Trainer asks for twice."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let the interpreter clear what was exempt before it exits."""
+    gc.unfreeze()
 
 
 def tiny_config(**overrides: object) -> WhisperLMConfig:

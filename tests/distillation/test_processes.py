@@ -1,13 +1,11 @@
 """Two processes distil as one does: the same losses, gradients, weights and evaluation; also with sharded weights."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from ..conftest import ROOT
+from ..helpers import distillation_processes
+from ..helpers.warm_processes import run_two_processes
 from .test_trainer import KINDS, TERMS, examples, pad, train, trainer_of
 
 
@@ -15,11 +13,7 @@ from .test_trainer import KINDS, TERMS, examples, pad, train, trainer_of
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Return what two processes have found."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.helpers.distillation_processes", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(distillation_processes.work, folder)
     return json.loads((folder / "result.json").read_text())
 
 

@@ -46,6 +46,7 @@ def evaluate(command: list[str], output: Path) -> dict:
     return results
 
 
+@torch.no_grad()
 def log_likelihood(model: PreTrainedModel, ids: list[int], count: int) -> float:
     """Return the sum of log-probabilities (nats) of the last `count` tokens, read in one forward pass."""
     logits = model(torch.tensor([ids[:-1]])).logits[0, -count:].log_softmax(-1)
@@ -61,7 +62,20 @@ def text_log_likelihood(model: PreTrainedModel, ids: list[int], bos: int) -> flo
     return total
 
 
-def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def encoded(tokenizer) -> list[list[int]]:
+    """The first chapters, in tokens."""
+    return [tokenizer(text)["input_ids"] for text in novels.chapters()["test"]["text"][:ITEMS]]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, tokenizer, encoded: list[list[int]]) -> list[float]:
+    """The log-likelihoods of these chapters (nats), computed here."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return [text_log_likelihood(model, ids, tokenizer.bos_token_id) for ids in encoded]
+
+
+def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, encoded, expected, tmp_path) -> None:
     command = ["-m", "whisper_hf", "lm-eval", *RUN, "--tasks", str(TASKS)]
     results = evaluate([*command, "--model_args", f"pretrained={folder},max_length={WINDOW}"], tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -69,9 +83,7 @@ def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, tmp_path
 
     perplexity = results["novel_perplexity"]
     texts = novels.chapters()["test"]["text"][:ITEMS]
-    encoded = [tokenizer(text)["input_ids"] for text in texts]
     assert all(len(ids) > 10 * WINDOW for ids in encoded)
-    expected = [text_log_likelihood(model, ids, tokenizer.bos_token_id) for ids in encoded]
     got = [float(sample["filtered_resps"][0]) for sample in perplexity["samples"]]
     assert got == pytest.approx(expected, rel=1e-4)
     words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
@@ -86,20 +98,18 @@ def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, tmp_path
         assert {name: sample["doc"][name] for name in row} == row
         read = len(tokenizer(row["context"])["input_ids"])
         choices = [tokenizer(f"{row['context']}\n{choice}")["input_ids"] for choice in row["choices"]]
-        expected = [log_likelihood(model, ids[-WINDOW - 1 :], len(ids) - read) for ids in choices]
-        assert [float(response[0]) for response in sample["filtered_resps"]] == pytest.approx(expected, rel=1e-4)
-        right += expected.index(max(expected)) == row["answer"]
+        likelihoods = [log_likelihood(model, ids[-WINDOW - 1 :], len(ids) - read) for ids in choices]
+        assert [float(response[0]) for response in sample["filtered_resps"]] == pytest.approx(likelihoods, rel=1e-4)
+        right += likelihoods.index(max(likelihoods)) == row["answer"]
     assert len(continuation["samples"]) == ITEMS
     assert continuation["acc,none"] == pytest.approx(right / ITEMS)
 
 
-def test_the_code_in_the_checkpoint_gives_the_same_numbers(folder: Path, tokenizer, tmp_path) -> None:
+def test_the_code_in_the_checkpoint_gives_the_same_numbers(folder: Path, expected, tmp_path) -> None:
     command = ["-c", WITHOUT, *RUN, "--trust_remote_code", "--tasks", str(TASKS / "novel_perplexity.yaml")]
     results = evaluate([*command, "--model_args", f"pretrained={folder},max_length={WINDOW}"], tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    encoded = [tokenizer(text)["input_ids"] for text in novels.chapters()["test"]["text"][:ITEMS]]
     got = [float(sample["filtered_resps"][0]) for sample in results["novel_perplexity"]["samples"]]
-    assert got == pytest.approx([text_log_likelihood(model, ids, tokenizer.bos_token_id) for ids in encoded], rel=1e-4)
+    assert got == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_questions_are_sound() -> None:

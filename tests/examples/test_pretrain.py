@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from examples import pretrain
 from whisper_hf import packed_rows
 
 from ..conftest import LENGTH, ROOT, SPARSE
+from ..helpers.warm_processes import run_script
 
 MODEL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 MODEL |= {"num_key_value_heads": 1, "initializer_range": 0.05}
@@ -55,9 +54,7 @@ def weights(folder: Path) -> torch.Tensor:
 def test_pretrains_resumes_and_saves(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Two steps by the command, two more from there: bit by bit what four steps at once give."""
     script, halves, whole = ROOT / "examples" / "pretrain.py", tmp_path / "halves", tmp_path / "whole"
-    command = [sys.executable, str(script), *arguments(book, halves, 2, "--diversity", "{}")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_script(script, arguments(book, halves, 2, "--diversity", "{}"))
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.setattr(pretrain, "train_tokenizer", None)  # there is one
     run(monkeypatch, arguments(book, halves, 4, "--diversity", "{}"))

@@ -1,7 +1,6 @@
 """The quickstart runs from end to end on a tiny model, and refuses what cannot work without leaving anything behind."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from examples import quickstart
 
 from ..conftest import VOCABULARY
+from ..helpers.warm_processes import run_script
 
 
 @pytest.fixture
@@ -25,9 +25,8 @@ def checkpoint(tmp_path: Path, tokenizer) -> Path:
 
 def test_runs_from_end_to_end(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "result"
-    command = [sys.executable, quickstart.__file__, "--model", checkpoint, "--output", output]
-    command += ["--steps", "3", "--context", "1500"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = ["--model", str(checkpoint), "--output", str(output), "--steps", "3", "--context", "1500"]
+    done = run_script(Path(quickstart.__file__), line)
     assert done.returncode == 0, done.stderr
     assert "largest difference of logits on 512 tokens: 0.0e+00; same greedy tokens: True" in done.stdout
     assert "bit for bit: True" in done.stdout

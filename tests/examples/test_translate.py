@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from whisper_hf import from_dense
 from whisper_hf.cards.results import load_results
 
 from ..conftest import ROOT, SIZES, SPARSE
+from ..helpers.warm_processes import run_script
 
 # verses, and how the last one begins; one of Jonah's 48 is missing in the file
 EXPECTED = {
@@ -175,9 +175,7 @@ def test_trains_resumes_and_saves_a_sparse_model(
     output = tmp_path / "out"
     line = arguments(checkpoint, output, "--pairs", around_jonah, "--held_out", "Jonah")
     line += ["--resume_from_checkpoint", "last"]  # there is none yet
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "translate.py"), *line], capture_output=True, text=True
-    )
+    done = run_script(ROOT / "examples" / "translate.py", line)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"64 examples of \d+ tokens, 100% of them longer than the budget", done.stdout)
     first, state = known(output), output / "checkpoint-2" / "trainer_state.json"

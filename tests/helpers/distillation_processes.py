@@ -1,7 +1,6 @@
 """Train and measure gradients in each of two processes, for `test_processes.py`; write `FOLDER/result.json`."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -38,9 +37,9 @@ def sharded_gradients(folder: str) -> dict[str, float]:
     return {name: p.grad.full_tensor().double().square().sum().item() for name, p in student.named_parameters()}
 
 
-if __name__ == "__main__":
-    found = {kind: trained(sys.argv[1], options) for kind, options in KINDS.items()}
-    found["sharded"] = sharded_gradients(sys.argv[1])
+def work(folder: str) -> None:
+    """Train in all ways, and write what was found."""
+    found = {kind: trained(folder, options) for kind, options in KINDS.items()}
+    found["sharded"] = sharded_gradients(folder)
     if torch.distributed.get_rank() == 0:
-        (Path(sys.argv[1]) / "result.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
+        (Path(folder) / "result.json").write_text(json.dumps(found))

@@ -1,5 +1,6 @@
 """Train in processes that `accelerate launch` starts, or in a single process, for `test_distributed.py`."""
 
+import gc
 import json
 import os
 import runpy
@@ -211,6 +212,7 @@ def write(trainer: Trainer, path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # each training collects garbage, and what has been imported is none
     layout, models, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if layout != "ddp":
         from examples.accelerate import on_cpu

@@ -136,7 +136,7 @@ def make_trainer(folder: Path, output: Path, callbacks: list[TrainerCallback], *
     files = sorted(map(str, folder.glob("*.jsonl")))
     documents = load_dataset("json", data_files=files, split="train", streaming=True)
     return Trainer(
-        model=tiny_model(initializer_range=0.02),
+        model=tiny_model(initializer_range=0.02, num_hidden_layers=1),
         args=args,
         train_dataset=PackedStream(documents, tokenizer, args, row_tokens=LENGTH, shuffled=8),
         data_collator=default_data_collator,

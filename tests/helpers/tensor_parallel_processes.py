@@ -1,6 +1,5 @@
 """Run tensor-parallel models in each of two processes, for `test_tensor_parallel.py`; write results beside them."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -96,8 +95,9 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
     return found | heads(model) | generations(load(folder, torch.float64))
 
 
-if __name__ == "__main__":
-    for folder in sorted(Path(sys.argv[1]).iterdir()):
+def work(parent: str) -> None:
+    """Go through the models in a folder, and write what was found beside each."""
+    for folder in sorted(Path(parent).iterdir()):
         if folder.name == "stages":
             model = load(folder, torch.float64, pp_size=2)
             with torch.no_grad():
@@ -112,4 +112,3 @@ if __name__ == "__main__":
             found = everything(folder)
         found = {name: tensor.contiguous() for name, tensor in found.items()}
         save_file(found, folder / f"process{torch.distributed.get_rank()}.safetensors")
-    torch.distributed.barrier()

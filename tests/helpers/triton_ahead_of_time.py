@@ -1,8 +1,9 @@
 """Compiles every Triton kernel for an H100, with or without a GPU, as `test_attention_triton.py` asks.
 
-    python -m tests.helpers.triton_ahead_of_time HEAD_DIM GROUPS [BLOCK_SIZE] [DTYPE]
+    python -m tests.helpers.triton_ahead_of_time HEAD_DIM-GROUPS[-BLOCK_SIZE[-DTYPE]] ...
 
-Prints a JSON object: for each kernel its registers, bytes of stack (spilled registers) and of shared memory, and warps.
+Prints a JSON object: for each of these shapes and each kernel its registers, bytes of stack (spilled registers) and of
+shared memory, and warps.
 """
 
 import json
@@ -69,9 +70,10 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any = None, warmup: boo
     }
 
 
-def main(head_dim: str, groups: str, block_size: str = "64", dtype: str = "bfloat16") -> None:
-    """Go through forward, backward and decoding, on the CPU, without computing anything."""
+def compile_all(head_dim: str, groups: str, block_size: str = "64", dtype: str = "bfloat16") -> dict:
+    """Go through forward, backward and decoding, on the CPU, without computing anything; return all resources."""
     JITFunction.run = compile_instead
+    resources.clear()
     settings = SparseAttentionConfig(int(block_size), 704 // int(block_size), 256 // int(block_size), 1)
     shapes = [(1, 2048, heads, int(head_dim)) for heads in (2 * int(groups), 2, 2)]
     states = [torch.zeros(shape, dtype=getattr(torch, dtype)).transpose(1, 2).requires_grad_() for shape in shapes]
@@ -79,8 +81,8 @@ def main(head_dim: str, groups: str, block_size: str = "64", dtype: str = "bfloa
     torch.autograd.grad(output, states, torch.zeros_like(output))
     query, key, value = (tensor.detach() for tensor in states)
     attention_triton_decode(query[:, :, -1:], key, value, None, 0.1, settings)
-    print(json.dumps(resources))
+    return dict(resources)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps({shape: compile_all(*shape.split("-")) for shape in sys.argv[1:]}))

@@ -33,6 +33,7 @@ from whisper_hf.model.pretrained_base import ATTENTION_IMPLEMENTATIONS
 from whisper_hf.quantization import quantize
 
 from ..conftest import LENGTH, SIZES, VOCABULARY, tiny_model, tokens
+from ..helpers.warm_processes import run_two_processes
 
 EVERY_ATTENTION = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 PADDING = {"left": slice(0, 30), "right": slice(130, LENGTH)}
@@ -220,9 +221,10 @@ def test_a_spoilt_weight_is_said_to_be_so(tmp_path) -> None:
         training.train()
 
 
-def sharded_step(process: int, folder: str) -> None:
+def sharded_step(folder: str) -> None:
     """Take a step on weights that two processes share; then one of them finds NaN in its share."""
-    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=process, world_size=2)
+    distributed.init_process_group("gloo")
+    process = distributed.get_rank()
     model = tiny_model().train()
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
@@ -236,11 +238,10 @@ def sharded_step(process: int, folder: str) -> None:
         callback.on_pre_optimizer_step(*event, model=model, optimizer=optimizer)
     except ValueError as error:
         (Path(folder) / f"said-{process}").write_text(str(error))
-    distributed.destroy_process_group()
 
 
 def test_nan_in_the_shard_of_one_process_stops_them_all(tmp_path) -> None:
-    torch.multiprocessing.spawn(sharded_step, (str(tmp_path),), nprocs=2)
+    run_two_processes(sharded_step, tmp_path)
     for process in (0, 1):
         said = (tmp_path / f"said-{process}").read_text()
         assert "gradients of step 8" in said

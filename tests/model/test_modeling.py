@@ -197,7 +197,7 @@ def test_a_checkpoint_and_its_layers_say_what_other_software_asks(tmp_path, mode
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "masked_sparse"])
 def test_compile_full_graph(backend: str, input_ids) -> None:
-    model = tiny_model(attn_implementation=backend)
+    model = tiny_model(attn_implementation=backend, num_hidden_layers=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     mask = torch.ones_like(input_ids)
     mask[0, :19] = 0
@@ -209,7 +209,8 @@ def test_compile_full_graph(backend: str, input_ids) -> None:
     torch._dynamo.reset()
 
 
-def test_compile_static_cache_decode(model) -> None:
+def test_compile_static_cache_decode() -> None:
+    model = tiny_model(num_hidden_layers=1)
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "eos_token_id": None}
     expected = model.generate(tokens(), **options)
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)

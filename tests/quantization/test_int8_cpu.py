@@ -28,6 +28,7 @@ from whisper_hf.quantization import Int8CpuConfig, int8_cpu, int8_linear
 from whisper_hf.quantization.int8_linear import Int8Linear, quantize_weight
 
 from ..conftest import LENGTH, SIZES, SPARSE, tiny_model, tokens
+from ..helpers.warm_processes import run_script
 
 pytestmark = pytest.mark.skipif(
     int8_linear.ENGINE not in torch.backends.quantized.supported_engines, reason="this torch has no fbgemm"
@@ -327,14 +328,14 @@ def test_fresh_processes(source: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     arguments = [str(tmp_path / name) for name in ("quantized", "ids.pt", "logits.pt")]
 
-    def run(before: str, trust: bool) -> subprocess.CompletedProcess:
-        code = FRESH.format(before=before, trust=trust)
-        return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
-
-    done = run("import whisper_hf", trust=False)
+    script = tmp_path / "load.py"
+    script.write_text(FRESH.format(before="import whisper_hf", trust=False))
+    done = run_script(script, arguments, environment)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
-    done = run("sys.modules['whisper_hf'] = None", trust=True)
+    code = FRESH.format(before="sys.modules['whisper_hf'] = None", trust=True)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "ValueError: the checkpoint is quantized by 'int8-cpu'" in done.stderr
     assert "comes with `import whisper_hf`" in done.stderr
 

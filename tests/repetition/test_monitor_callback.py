@@ -1,14 +1,8 @@
-"""`DiversityCallback`: its numbers are those of texts written by hand, and training does not notice it.
-
-As a module (`python -m tests.repetition.test_monitor_callback FOLDER`) it is what each of two processes does.
-"""
+"""`DiversityCallback`: its numbers are those of texts written by hand, and training does not notice it."""
 
 import copy
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +28,8 @@ from whisper_hf import DistillationConfig, DistillationTrainer
 from whisper_hf.repetition.metrics import distinct, looping_share, sequence_repetition
 from whisper_hf.repetition.monitor_callback import DiversityCallback
 
-from ..conftest import ROOT, SIZES, VOCABULARY, tiny_model, tokens
+from ..conftest import SIZES, VOCABULARY, tiny_model, tokens
+from ..helpers.warm_processes import run_two_processes
 
 PROMPT, NEW = 6, 12  # tokens
 LENGTHS = {"prompt_tokens": PROMPT, "new_tokens": NEW}
@@ -459,11 +454,7 @@ def sharded(folder: str, version: int) -> dict[str, float]:
 
 
 def test_two_processes_equal_one(tmp_path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.repetition.test_monitor_callback", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(work, tmp_path)
     single = trained(str(tmp_path), 2)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -472,7 +463,7 @@ def test_two_processes_equal_one(tmp_path) -> None:
             assert {name: theirs[name] for name in KEYS} == pytest.approx({name: mine[name] for name in KEYS})
 
 
-if __name__ == "__main__":
-    found = {"trained": trained(sys.argv[1], 1), "sharded": [sharded(sys.argv[1], version) for version in (1, 2)]}
-    (Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
+def work(folder: str) -> None:
+    """Train and measure, and write what each process has found."""
+    found = {"trained": trained(folder, 1), "sharded": [sharded(folder, version) for version in (1, 2)]}
+    (Path(folder) / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))

@@ -1,14 +1,8 @@
-"""The penalty on the model's own loops: its gradient, its brake, and what it leaves alone in any training.
-
-As a module (`python -m tests.repetition.test_unlikelihood_callback FOLDER`) it is what each of two processes does.
-"""
+"""The penalty on the model's own loops: its gradient, its brake, and what it leaves alone in any training."""
 
 import copy
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +18,8 @@ from whisper_hf import DistillationConfig, DistillationTrainer, SequenceUnlikeli
 from whisper_hf.repetition.metrics import sequence_repetition
 from whisper_hf.repetition.unlikelihood_callback import documents_of, places
 
-from ..conftest import ROOT, SIZES, tiny_model
+from ..conftest import SIZES, tiny_model
+from ..helpers.warm_processes import run_two_processes
 
 PREFIX, NEW = 70, 30  # a row is one place, and longer than the sparse budget of 48
 SETTINGS = {"every": 2, "rows": 4, "prefix_tokens": PREFIX, "new_tokens": NEW, "weight": 3.0}
@@ -124,8 +119,8 @@ def test_it_reduces_loops(tokenizer, paragraphs, tmp_path) -> None:
     own = []
     for weight in (1e-9, 4.0):
         callback = SequenceUnlikelihoodCallback(**{**SETTINGS, "every": 1, "rows": 8, "weight": weight, "memory": 0.8})
-        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "initializer_range": 0.05}))
-        train(tmp_path, callback, model, text=text, max_steps=100, optim="adamw_torch", learning_rate=5e-3)
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "initializer_range": 0.05, "num_hidden_layers": 1}))
+        train(tmp_path, callback, model, text=text, max_steps=40, optim="adamw_torch", learning_rate=1e-2)
         own.append(callback.own)
     assert own[1] < 0.8 * own[0]
 
@@ -386,11 +381,7 @@ def expected_when_shared() -> tuple[dict, float]:
 
 def test_two_processes(tmp_path) -> None:
     """Both agree on the brake; replicated and sharded weights get the mean gradient of both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.repetition.test_unlikelihood_callback", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(work, tmp_path)
     found = json.loads((tmp_path / "result.json").read_text())
     squares, own = expected_when_shared()
     assert found["sharded"]["own"] == pytest.approx(own, rel=1e-5)
@@ -411,8 +402,8 @@ def replicated(folder: str) -> dict:
     return {"times": callback.times, "alpha": callback.alpha, "difference": (other[0] - other[1]).abs().max().item()}
 
 
-if __name__ == "__main__":
-    found = {"replicated": replicated(sys.argv[1]), "sharded": sharded(sys.argv[1])}
+def work(folder: str) -> None:
+    """Do both, and write what was found."""
+    found = {"replicated": replicated(folder), "sharded": sharded(folder)}
     if torch.distributed.get_rank() == 0:
-        (Path(sys.argv[1]) / "result.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
+        (Path(folder) / "result.json").write_text(json.dumps(found))

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from ..helpers.distributed_processes import (
     run_example,
     weights,
 )
+from ..helpers.warm_processes import run_script
 
 CONFIGS = ROOT / "examples" / "accelerate"
 LAYOUTS = [layout for layout in KINDS_OF if layout != "deepspeed_zero3" or is_deepspeed_available()]
@@ -59,11 +58,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer, paragraphs) -> P
 
 def launch(layout: str, folder: Path, processes: int) -> None:
     """Start what `distributed_processes.py` does."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{layout}.yaml")]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
-    command += ["-m", "tests.helpers.distributed_processes", layout, str(folder / "models"), str(folder / layout)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    arguments = ["--config_file", str(CONFIGS / f"{layout}.yaml"), "--num_processes", str(processes)]
+    arguments += ["--main_process_port", "0", "--mixed_precision", "no"]
+    arguments += ["-m", "tests.helpers.distributed_processes", layout, str(folder / "models"), str(folder / layout)]
+    done = run_script("accelerate.commands.launch", arguments, environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-5000:]
 
 

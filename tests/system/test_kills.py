@@ -1,10 +1,7 @@
 """A training that is killed 20 times loses nothing; a full disk costs no more than the checkpoint that did not fit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +14,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from whisper_hf import last_checkpoint
 from whisper_hf.training.last_checkpoint import checkpoint_fault
 
-from ..conftest import ROOT, SIZES
+from ..conftest import SIZES
+from ..helpers.warm_processes import run_script
 
 KILLS, STEPS, ROWS_PER_STEP = 20, 44, 4  # as in kills.py
 
@@ -31,9 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer, paragraphs: list[s
         rows = [json.dumps({"text": text[: 60 + 31 * n % 400]}) for n, text in enumerate(paragraphs[i::2])]
         (folder / f"{i}.jsonl").write_text("\n".join(rows))
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(folder / "dense")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.helpers.kills", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_script("tests.helpers.kills", [str(folder)])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

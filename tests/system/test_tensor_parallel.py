@@ -1,9 +1,6 @@
 """Two processes that share a model's weights find what one finds; so do the stages of a pipeline."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,10 @@ from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from whisper_hf import WhisperLMForCausalLM
 from whisper_hf.model.attention_masks import layout_from_inputs
 
-from ..conftest import LENGTH, ROOT, SIZES, SPARSE, tiny_model, tokens
+from ..conftest import LENGTH, SIZES, SPARSE, tiny_model, tokens
+from ..helpers import tensor_parallel_processes
 from ..helpers.tensor_parallel_processes import GENERATIONS, HIDDEN, generations, heads, padded, predictions
+from ..helpers.warm_processes import run_two_processes
 
 BUDGET = 48
 CASES = {
@@ -53,11 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     for case in (*CASES, *FOREIGN, "stages"):
         model_of(case).save_pretrained(folder / case)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.helpers.tensor_parallel_processes", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_processes(tensor_parallel_processes.work, folder)
     return folder
 
 
