@@ -63,7 +63,7 @@ def run_script(
 
 
 def _run(script: Path | str, arguments: list[str], streams: list[Path], environment: dict[str, str]) -> None:
-    """Take on the environment and the search path of a fresh process, send what is printed to files, and run."""
+    """Take on the environment of a fresh process, send what is printed to files, and run."""
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, path in enumerate(streams, 1):
@@ -77,5 +77,5 @@ def _run(script: Path | str, arguments: list[str], streams: list[Path], environm
         sys.argv = [script, *arguments]
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
+        sys.argv = [str(script), *arguments]
         runpy.run_path(str(script), run_name="__main__")

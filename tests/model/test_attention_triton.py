@@ -50,23 +50,6 @@ pytestmark = [
 ]
 
 
-def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter replace the functions of `triton.language` once for each module, not in each call.
-
-    A call of one kernel function by another replaces what the launch has replaced already, a quarter of all time.
-    """
-    interpreted = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
-    call, patched = interpreted.__call__, set()
-
-    def call_patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__ in patched:
-            return self.rewrite()(*args, **kwargs)
-        patched.add(self.fn.__module__)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreted, "__call__", call_patched)
-
-
 @pytest.fixture(autouse=True)
 def _small_tiles_and_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make tiles small where they are interpreted; fill what is allocated and not written with NaN."""
@@ -81,7 +64,6 @@ def _small_tiles_and_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             (triton_plan, "QUERIES_PER_ITEM", 80),
         ):
             monkeypatch.setattr(module, name, value)
-        patch_language_once(monkeypatch)
     triton_plan._plan_without_layout.cache_clear()
     torch.use_deterministic_algorithms(True, warn_only=HAS_GPU)
     yield
