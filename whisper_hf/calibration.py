@@ -1,6 +1,6 @@
-"""What matters in a model: which layers, and which features inside them, measured on a few calibration tokens.
+"""Measure on a few calibration tokens which layers of a model, and which features in them, matter most.
 
-Shape legend: `B` batch, `T` tokens, `N` visible tokens of a batch.
+Legend: `B` rows of `T` tokens, `N` visible tokens of a batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,31 +15,32 @@ from transformers import PreTrainedModel
 
 from .model.labels import IGNORED
 
-Batches = list[dict[str, Tensor]]  # of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64
-Measure = Callable[[Tensor, Tensor], Tensor]  # of a module's input and output, `[N, ...]` float32, for each token
+Batches = list[dict[str, Tensor]]  # each with `input_ids`, `attention_mask` and `labels`, `[B, T]` int64
+Measure = Callable[[Tensor, Tensor], Tensor]  # from a module's input and output, `[N, ...]` float32, to `[N, ...]`
 
 IMPORTANCES = ("perplexity", "block_influence")
 REMEDY = "pass a list of token id tensors, [T] or [B, T] int64, or of dicts of input_ids and attention_mask"
 
-# no cache, where skipped layers would leave holes; no hidden states, for which transformers hooks the layers it finds
+# No cache, because skipped layers would leave gaps in it; no hidden states, because transformers hooks layers for them
 QUIET = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
 def layer_importance(model: PreTrainedModel, calibration: Iterable, importance: str = "perplexity") -> list[float]:
-    """Measure how much each layer of a causal language model matters while all others are in place.
+    """Measure how much each layer of a causal language model matters while all other layers are in place.
 
     Args:
         model: the model, possibly quantized, with its decoder layers in `base_model.layers`. It is not changed.
-        calibration: token ids, as in [`student_from`].
-        importance: the measure, as in [`student_from`].
+        calibration: the texts to measure on, as token ids in the form that [`student_from`] takes.
+        importance: the measure, `"perplexity"` or `"block_influence"`.
 
     Returns:
-        One value per layer. `"perplexity"`: by how much the mean next-token cross-entropy rises without the layer, in
-        nats per token (negative where the model is better off). `"block_influence"`: one minus the mean cosine
-        similarity of the hidden states before and after the layer, a ratio in [0, 2].
+        One value per layer. `"perplexity"`: the rise of the mean next-token cross-entropy without the layer, in nats
+        per token; it is negative if the model is better without the layer (Shortened LLaMA,
+        https://arxiv.org/abs/2402.02834). `"block_influence"`: one minus the mean cosine similarity of the hidden
+        states before and after the layer, a ratio in [0, 2] (ShortGPT, https://arxiv.org/abs/2403.03853).
 
     Raises:
-        ValueError: a model without such layers or without a head, malformed calibration, or an unknown importance.
+        ValueError: a model without decoder layers or without a head, malformed calibration, or an unknown importance.
     """
     refuse_unknown(importance)
     layers = decoder_layers(model)
@@ -52,7 +53,14 @@ def layer_importance(model: PreTrainedModel, calibration: Iterable, importance: 
 
 
 def most_important(model: PreTrainedModel, count: int, batches: Batches, importance: str) -> list[int]:
-    """Return the indices of the `count` layers to keep, in increasing order."""
+    """Choose the `count` most important layers of a model, and return their indices in increasing order.
+
+    Args:
+        model: a causal language model; it is not changed.
+        count: how many layers to keep.
+        batches: from [`calibration_batches`].
+        importance: as in [`student_from`]. `"perplexity"` measures again after each removed layer.
+    """
     kept = list(range(len(model.base_model.layers)))
     if importance == "block_influence":
         influences = layer_importance(model, batches, importance)
@@ -65,26 +73,40 @@ def most_important(model: PreTrainedModel, count: int, batches: Batches, importa
 
 
 def _cross_entropy(model: PreTrainedModel, batches: Batches, skipped: Sequence[int] = ()) -> float:
-    """Return the mean cross-entropy of the labels in nats, with some layers skipped."""
-    total, count = 0.0, 0
+    """Compute the mean cross-entropy of the labels, in nats per token, with some layers skipped."""
+    total = 0.0
+    count = 0
     with _measuring(model, skipped):
         for batch in batches:
             targets = int((batch["labels"] >= 0).sum())
             total += targets * model(**batch, **QUIET).loss.item() if targets else 0.0
             count += targets
     if not total < float("inf"):
-        raise ValueError(f"the cross-entropy on the calibration must be finite, got {total}; load a wider dtype")
+        raise ValueError(
+            f"the cross-entropy on the calibration must be finite, got {total}; load the model in a wider dtype"
+        )
     return total / count
 
 
 def mean_measures(
     model: PreTrainedModel, modules: Iterable[nn.Module], measure: Measure, batches: Batches, skipped: Sequence[int]
 ) -> list[Tensor]:
-    """Average the measure of each module over all visible tokens, with some layers skipped."""
+    """Average a measure of modules over all visible tokens, with some layers skipped.
+
+    Args:
+        model: a causal language model; it is not changed.
+        modules: modules of the model.
+        measure: a function from a module's input and output, `[N, ...]` float32, to a value per token, `[N, ...]`.
+        batches: from [`calibration_batches`].
+        skipped: indices of the layers to skip.
+
+    Returns:
+        for each module its mean, of the measure's shape without `N`.
+    """
     sums: dict[int, Any] = {}
 
     def add(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # selected, not multiplied by the mask: what padding holds may not even be a number
+        # visible tokens are selected, not multiplied by the mask, because padding may hold NaN
         sums[index] = sums.get(index, 0.0) + measure(inputs[0][visible].float(), output[visible].float()).sum(0)
 
     with _measuring(model, skipped), ExitStack() as hooks:
@@ -98,7 +120,7 @@ def mean_measures(
 
 
 class _Skip(nn.Module):
-    """Stands in for a layer, so that those after it keep their index and with it their type in the config."""
+    """The identity in place of a skipped layer, so that later layers keep their index and their type in the config."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
@@ -106,10 +128,10 @@ class _Skip(nn.Module):
 
 @contextmanager
 def _measuring(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[None]:
-    """Run without some layers, without gradients and in evaluation mode, and leave the model as it was."""
+    """Run a block with some layers skipped, in evaluation mode and without gradients; then restore the model."""
     layers = model.base_model.layers
     removed = {layer: layers[layer] for layer in skipped}
-    training = [module for module in model.modules() if module.training]  # parts of it may not be
+    training = [module for module in model.modules() if module.training]  # not all modules need be in training mode
     try:
         model.eval()
         for layer in removed:
@@ -124,12 +146,27 @@ def _measuring(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[None]
 
 
 def calibration_batches(calibration: Iterable | None, model: PreTrainedModel) -> Batches:
-    """Check the calibration and bring it into one form, on the model's device."""
+    """Validate calibration texts, and convert them to batches on the model's device.
+
+    Args:
+        calibration: token ids, in the form that [`student_from`] takes.
+        model: the model to measure.
+
+    Returns:
+        batches of `input_ids`, `attention_mask` and `labels`, `[B, T]` each, int64. A token has a label if it and the
+        token before it are visible.
+
+    Raises:
+        ValueError: calibration that is missing or malformed, token ids beyond the model's vocabulary, or no token to
+            predict.
+    """
     if calibration is None or isinstance(calibration, str | Mapping):
-        raise ValueError(f"choosing what to keep needs calibration, got {type(calibration).__name__}; {REMEDY}")
+        raise ValueError(f"the choice of what to keep needs calibration, got {type(calibration).__name__}; {REMEDY}")
     batches = []
     for item in calibration:
-        ids, mask = (item.get("input_ids"), item.get("attention_mask")) if isinstance(item, Mapping) else (item, None)
+        is_mapping = isinstance(item, Mapping)
+        ids = item.get("input_ids") if is_mapping else item
+        mask = item.get("attention_mask") if is_mapping else None
         try:
             ids = torch.atleast_2d(torch.as_tensor(ids, device=model.device))
             mask = torch.atleast_2d(torch.as_tensor(torch.ones_like(ids) if mask is None else mask, device=ids.device))
@@ -144,7 +181,7 @@ def calibration_batches(calibration: Iterable | None, model: PreTrainedModel) ->
             got = f"{ids.min()} to {ids.max()}; use the model's own tokenizer"
             raise ValueError(f"calibration must hold ids below vocab_size={model.config.vocab_size}, got {got}")
         visible = (mask != 0).long()
-        is_target = functional.pad(visible[:, 1:] * visible[:, :-1], (1, 0)).bool()  # a hidden token predicts nothing
+        is_target = functional.pad(visible[:, 1:] * visible[:, :-1], (1, 0)).bool()  # a hidden token predicts no token
         labels = ids.long().masked_fill(~is_target, IGNORED)
         batches.append({"input_ids": ids.long(), "attention_mask": visible, "labels": labels})
     if not any((batch["labels"] >= 0).any() for batch in batches):
@@ -153,6 +190,7 @@ def calibration_batches(calibration: Iterable | None, model: PreTrainedModel) ->
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers of a causal language model, or raise a `ValueError` for another model."""
     is_model = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
     layers = getattr(model.base_model, "layers", None) if is_model else None
     if not isinstance(layers, nn.ModuleList):
@@ -164,5 +202,6 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def refuse_unknown(importance: str) -> None:
+    """Raise a `ValueError` for the name of an unknown measure of importance."""
     if importance not in IMPORTANCES:
         raise ValueError(f"unknown importance, got {importance!r}; choose one of {list(IMPORTANCES)}")

@@ -93,7 +93,7 @@ def test_where_no_checkpoint_is_whole_none_is_found(home, tmp_path: Path) -> Non
     shutil.copytree(home / "whole" / f"checkpoint-{STEPS}", tmp_path / "checkpoint-3")
     cut(tmp_path / "checkpoint-3" / "optimizer.pt")
     assert last_checkpoint(tmp_path) is None
-    assert "optimizer.pt is not whole" in (checkpoint_fault(tmp_path / "checkpoint-3") or "")
+    assert "optimizer.pt is incomplete" in (checkpoint_fault(tmp_path / "checkpoint-3") or "")
 
 
 def test_parts_that_processes_write_apart_are_missed(home, tmp_path: Path) -> None:

@@ -204,7 +204,8 @@ class DistillationForward:
                 terms["cross_entropy"] = losses.cross_entropy
             return losses.loss
 
-        teacher, teacher_head = self.teacher, self.teacher_head
+        teacher = self.teacher
+        teacher_head = self.teacher_head
         if teacher is None or teacher_head is None:
             return loss_against(self._stored(batch))
         found: list[Tensor] = []

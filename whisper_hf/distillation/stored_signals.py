@@ -258,6 +258,7 @@ class WithRows(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return an example with its number."""
         return {**self.dataset[index], ROW: index}
 
 

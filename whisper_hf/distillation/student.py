@@ -144,7 +144,8 @@ def _weights(teacher: PreTrainedModel, config: Any, kept: list[int], groups: dic
     """Copy the student's weights from the teacher: renumber the layers, and select kept groups in smaller tensors."""
     with torch.device("meta"):
         student = type(teacher)(config).state_dict()
-    source, prefix = teacher.state_dict(), f"{teacher.base_model_prefix}.layers."
+    source = teacher.state_dict()
+    prefix = f"{teacher.base_model_prefix}.layers."
     weights = {}
     for name, smaller in student.items():
         layer, _, rest = name.removeprefix(prefix).partition(".")

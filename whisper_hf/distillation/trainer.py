@@ -174,6 +174,7 @@ class DistillationTrainer(Trainer):
         return matching, self.accelerator.prepare_model(matching)
 
     def _set_signature_columns_if_needed(self) -> None:
+        """Add the teacher's columns to the columns of a data set that the Trainer keeps."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = [*(self._signature_columns or ()), *TEACHER_COLUMNS]
@@ -194,11 +195,13 @@ class DistillationTrainer(Trainer):
         return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer's state, and with it the projections of the matching."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.matching is not None and self.args.should_save:
             self.matching.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's state, and with it the projections of the matching."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.matching is not None and checkpoint is not None:
             self.matching.load(checkpoint)
@@ -227,6 +230,7 @@ class DistillationTrainer(Trainer):
         return batches, count
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the labels of the batches of a step, under any key; the Trainer itself counts only `labels`."""
         name = self._label_name
         named = [{**batch, "labels": batch[name]} if name in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(named, device)
@@ -254,6 +258,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def _label_name(self) -> str:
+        """The key of the labels in a batch."""
         return self.label_names[0] if self.label_names else "labels"
 
     def compute_loss(

@@ -71,7 +71,8 @@ class TeacherTarget:
         p = Probabilities.from_logits(logits if self.temperature == 1 else logits / self.temperature)
         value, derivative = self.divergence(p, q)
         if self.has_partner is not None:
-            value, derivative = value * self.has_partner[rows], derivative * self.has_partner[rows, None]
+            value = value * self.has_partner[rows]
+            derivative = derivative * self.has_partner[rows, None]
         return value, derivative
 
 

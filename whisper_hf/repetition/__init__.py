@@ -1,1 +1,1 @@
-"""Measure repetition in generated text, watch it during training, and train against it."""
+"""Measure repetition in generated text, monitor it during training, and train against it."""

@@ -1,4 +1,4 @@
-"""What a model writes while it trains, measured for repetition beside what people wrote: a callback for any Trainer.
+"""A Trainer callback that measures how much a model repeats itself while it trains, beside human text.
 
 Legend: `B` rows of `T` tokens.
 """
@@ -21,33 +21,38 @@ from .metrics import distinct, looping_share, sequence_repetition
 
 logger = logging.get_logger(__name__)
 
-BATCHES_TO_CHECK = 32  # for labels that say where a text ends, from the start
+BATCHES_TO_CHECK = 32  # number of first batches in which labels of the end of text are searched
 
 
 class DiversityCallback(TrainerCallback):
-    """Logs how much the continuations of held-out text repeat themselves, beside those that people wrote.
+    """Log how much a model's continuations of held-out text repeat themselves, beside the text itself.
 
-    Before the first step, every `every` steps and after the last, prefixes are continued greedily and by nucleus
-    sampling. Logged as `diversity/{greedy,sampled,data}_{seq_rep_4,looping_share,distinct_2,mean_tokens}`: ratios, see
-    `whisper_hf.repetition.metrics`, and the mean length in tokens, as they are comparable at equal length alone. A
-    ratio is left out while all continuations are too short for it (seq-rep-4: 4 tokens, distinct-2: 2 tokens). `data`
-    is how the text itself goes on after these prefixes: to repeat less than that is as wrong as more. Some examples are
-    printed.
+    The model continues prefixes greedily and by nucleus sampling: before the first step, every `every` steps, and after
+    the last step. The callback logs `diversity/{greedy,sampled,data}_{seq_rep_4,looping_share,distinct_2,mean_tokens}`
+    and prints some examples. The first three are ratios from `whisper_hf.repetition.metrics`. `mean_tokens` is the mean
+    length in tokens, because ratios are comparable at equal length only. A ratio is left out while all continuations
+    are too short for it (4 tokens for seq-rep-4, 2 tokens for distinct-2). `data` is the text that truly follows the
+    prefixes: to repeat less than this text is as wrong as to repeat more.
 
-    Training is the same with and without it. It also warns if texts end in the first batches but no label says so, as
-    where padding is masked by an id that it shares with the end of text: a model that cannot stop goes round in loops.
+    Training is the same with and without the callback. The callback also warns if texts of the first batches end, but
+    no label is an end-of-text token. This happens if padding has the id of the end of text and is masked by its id. A
+    model that does not learn to stop writes loops.
 
     Example: `trainer.add_callback(DiversityCallback(trainer, held_out, every=200))`
 
     Args:
-        trainer (`Trainer`): of any kind, with a causal language model; it logs, and its processes share the prefixes.
-        held_out: rows of token ids, such as a `datasets.Dataset` with `input_ids`, that are not trained on.
-        every (`int`): optimizer steps.
-        rows (`int`): prefixes, the beginnings of the first rows that are long enough.
-        prompt_tokens, new_tokens (`int`): of a prefix, and of a continuation that does not end before.
-        top_p (`float`), temperature (`float`): of sampling; its seed comes from the Trainer's and the step.
-        batch_size (`int`): prefixes that a process continues at once.
-        samples (`int`): examples to print each time.
+        trainer (`Trainer`): any Trainer of a causal language model. It logs the values, and its processes share the
+            prefixes.
+        held_out: rows of token ids that are not trained on, such as a `datasets.Dataset` with `input_ids`.
+        every (`int`): number of optimizer steps between two measurements.
+        rows (`int`): number of prefixes, which are the beginnings of the first rows that are long enough.
+        prompt_tokens (`int`): number of tokens of a prefix.
+        new_tokens (`int`): largest number of tokens of a continuation, at least 4.
+        top_p (`float`), temperature (`float`): the settings of nucleus sampling. Its seed depends on the Trainer's seed
+            and on the step.
+        batch_size (`int`): number of prefixes that a process continues at once.
+        samples (`int`): number of examples to print each time.
+
     Raises:
         ValueError: an argument out of range, a model that cannot generate, or no held-out row that is long enough.
     """
@@ -69,7 +74,7 @@ class DiversityCallback(TrainerCallback):
         if not hasattr(getattr(trainer, "model", None), "generate"):
             model = type(getattr(trainer, "model", None)).__name__
             raise ValueError(
-                "trainer must be a Trainer of a model that can generate, such as those of AutoModelForCausalLM, got "
+                "trainer must be a Trainer of a model that can generate, such as an AutoModelForCausalLM, got "
                 f"{type(trainer).__name__} with the model {model}"
             )
         least = {"every": 1, "rows": 1, "prompt_tokens": 1, "new_tokens": 4, "batch_size": 1, "samples": 0}
@@ -79,7 +84,10 @@ class DiversityCallback(TrainerCallback):
                 raise ValueError(f"{name} must be an integer of {smallest} or more, got {value!r}")
         if not 0 < top_p <= 1 or not temperature > 0:
             raise ValueError(f"expected 0 < top_p <= 1 and temperature > 0, got {top_p=} and {temperature=}")
-        self.trainer, self.every, self.batch_size, self.samples = trainer, every, batch_size, samples
+        self.trainer = trainer
+        self.every = every
+        self.batch_size = batch_size
+        self.samples = samples
         whole = _long_rows(held_out, rows, prompt_tokens, new_tokens)
         self.prefixes = [ids[:prompt_tokens] for ids in whole]
         self.continuations = [ids[prompt_tokens:] for ids in whole]
@@ -89,40 +97,41 @@ class DiversityCallback(TrainerCallback):
         self._is_watching = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the model that training starts from, and have the first batches checked."""
+        """Measure the model before the first step, and start the check of the first batches."""
         if not self._is_watching:
             self._watch_batches()
         if state.global_step == 0:
             self._report(state.global_step, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure at multiples of `every`, also after resuming."""
+        """Measure after steps that are multiples of `every`, also in a resumed training."""
         if state.global_step % self.every == 0:
             self._report(state.global_step, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure after the last step; when `on_train_end` comes, some loggers are closed."""
+        """Measure after the last step; `on_train_end` would be too late, because some loggers are closed then."""
         if control.should_training_stop and state.global_step != self._last_step:
             self._report(state.global_step, control)
 
     def _report(self, step: int, control: Any) -> None:
-        """Log and print, on the main process; all others take part."""
+        """Measure on all processes, and log and print on the main process."""
         self._last_step = step
         texts = self._write(step)
         should_log = control.should_log
         values = {f"{kind}_{name}": value for kind, rows in texts.items() for name, value in _measure(rows).items()}
         self.trainer.log({f"diversity/{name}": value for name, value in values.items()})
-        control.should_log = should_log  # the Trainer takes any log for that of the loss, and would leave this out
+        control.should_log = should_log  # any log resets it, and the Trainer would then not log the loss
         if self.trainer.is_world_process_zero():
-            decode = getattr(self.trainer.processing_class, "decode", str)  # ids, without a tokenizer
+            decode = getattr(self.trainer.processing_class, "decode", str)  # prints ids if there is no tokenizer
             for row, prefix in enumerate(self.prefixes[: self.samples]):
                 lines = [f"  {kind:>7}: {decode(rows[row])!r}" for kind, rows in texts.items()]
                 tqdm.write("\n".join([f"[diversity, step {step}] {decode(prefix)!r}", *lines]))
 
     def _write(self, step: int) -> dict[str, list[list[int]]]:
-        """Return the continuations of each kind, each up to its end of text."""
+        """Return the continuations of each kind of decoding and of the data, cut off at the end of text."""
         model = self._model()
-        length, ends = len(self.continuations[0]), end_tokens(model)
+        length = len(self.continuations[0])
+        ends = end_tokens(model)
         texts = {}
         for kind, decoding in self._decoding.items():
             with _undisturbed(self.trainer, model), writing(model, max_new_tokens=length, **decoding):
@@ -131,34 +140,41 @@ class DiversityCallback(TrainerCallback):
         return {kind: [_up_to(ends, ids) for ids in rows] for kind, rows in texts.items()}
 
     def _continue_all(self, model: Any, step: int) -> list[list[int]]:
-        """Share the batches among processes; each has its own seed, so any number of processes writes the same."""
-        trainer, size = self.trainer, self.batch_size
+        """Continue all prefixes, with the batches shared among processes.
+
+        Each batch has its own seed, so the continuations do not depend on the number of processes.
+        """
+        trainer = self.trainer
+        size = self.batch_size
         batches = [self.prefixes[first : first + size] for first in range(0, len(self.prefixes), size)]
-        # under tensor parallelism, processes work on one and the same batch
+        # under tensor parallelism, all processes work on the same batch
         shares = trainer.accelerator.num_processes if trainer.get_tp_size() == 1 else 1
         written = {}
         for first in range(0, len(batches), shares):
-            # all write equally often, the last batch again if need be: sharded weights are gathered by all together
+            # All processes generate equally often, because they gather sharded weights together. A process without a
+            # batch of its own repeats the last batch.
             number = min(first + trainer.accelerator.process_index % shares, len(batches) - 1)
             prompts = torch.tensor(batches[number], device=trainer.accelerator.device)
             torch.manual_seed(step_seed(trainer.args.seed, step, number))
             rows = model.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
-                synced_gpus=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or None,  # None: it finds out
+                synced_gpus=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or None,  # None: `generate` decides
             )
             written[number] = rows[:, prompts.shape[1] :].tolist()
         gathered = dict(gather_object(list(written.items())))
         return [ids for number in range(len(batches)) for ids in gathered[number]]
 
     def _model(self) -> Any:
-        """Return the model without wrappers, but that of peft."""
+        """Return the model without wrappers other than peft's."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
 
     def _watch_batches(self) -> None:
-        """Have the first batches checked as they are trained on: the dataset and random states are left alone."""
+        """Wrap the Trainer's `training_step`, to check the first batches without reading the data set a second time."""
         self._is_watching = True
-        trainer, step, left = self.trainer, self.trainer.training_step, BATCHES_TO_CHECK
+        trainer = self.trainer
+        step = self.trainer.training_step
+        left = BATCHES_TO_CHECK
 
         def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal left
@@ -172,18 +188,25 @@ class DiversityCallback(TrainerCallback):
         trainer.training_step = training_step
 
     def _warn(self) -> None:
-        """Say that the model does not learn to stop."""
-        pad, ends = getattr(self.trainer.processing_class, "pad_token_id", None), end_tokens(self._model())
+        """Log a warning that the model does not learn to stop."""
+        pad = getattr(self.trainer.processing_class, "pad_token_id", None)
+        ends = end_tokens(self._model())
         logger.warning(
             f"texts of this batch end with an end-of-text token (one of {ends}), but no label is one, so the model "
-            f"does not learn to stop, and goes round in loops instead. Often padding has the same id (here {pad}) and "
-            "is masked by that: give the tokenizer a padding token of its own, or use a collator that sets labels to "
-            "-100 where the attention mask is 0"
+            "does not learn to stop, and writes loops instead. A frequent cause is padding that has the same id (here "
+            f"{pad}) and is masked by its id: give the tokenizer a padding token of its own, or use a collator that "
+            "sets labels to -100 where the attention mask is 0"
         )
 
 
 def _is_end_hidden(batch: Any, ends: list[int]) -> bool | None:
-    """Tell whether labelled texts end without a label for that, in `[B, T]` tensors; `None` where no text ends."""
+    """Return whether labelled texts of a batch end, but no label is an end-of-text token; `None` if no text ends.
+
+    Args:
+        batch: a mapping with `input_ids`, `attention_mask` and `labels`, `[B, T]` each; for other batches the result is
+            `None`.
+        ends: the end-of-text tokens.
+    """
     names = ("input_ids", "attention_mask", "labels")
     columns: list[Any] = [batch.get(name) for name in names] if isinstance(batch, Mapping) else [None]
     if not all(isinstance(column, Tensor) and column.shape == columns[0].shape for column in columns):
@@ -192,13 +215,13 @@ def _is_end_hidden(batch: Any, ends: list[int]) -> bool | None:
     tokens = torch.tensor(ends, dtype=ids.dtype, device=ids.device)
     if torch.isin(labels, tokens).any():
         return False
-    # an end after what is not learned, such as a question, need not be learned
+    # an end of text after a token without label, such as a question, need not be learned
     ended = torch.isin(ids[..., 1:], tokens) & shown[..., 1:].bool() & (labels[..., :-1] != IGNORED)
     return True if ended.any() else None
 
 
 def _whole_root(model: Any) -> AbstractContextManager:
-    """Gather what FSDP1 keeps at the root, such as embeddings; other models are left as they are."""
+    """Gather the parameters that FSDP 1 keeps at the root, such as embeddings; other models do not change."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False)
@@ -206,7 +229,7 @@ def _whole_root(model: Any) -> AbstractContextManager:
 
 @contextmanager
 def _undisturbed(trainer: Trainer, model: Any) -> Iterator[None]:
-    """Run under the Trainer's precision, with all weights at hand, and leave the random states as they were."""
+    """Run a block under the Trainer's precision and with gathered weights, and restore the random states after it."""
     device = trainer.accelerator.device
     used = {device, *(parameter.device for parameter in model.parameters())}
     randomness = torch.random.fork_rng([d for d in used if d.type == device.type != "cpu"], device_type=device.type)
@@ -216,8 +239,9 @@ def _undisturbed(trainer: Trainer, model: Any) -> Iterator[None]:
 
 
 def _measure(rows: list[list[int]]) -> dict[str, float]:
-    """Return the metrics for which some row is long enough."""
-    longest, values = max(map(len, rows)), {}
+    """Compute the metrics of some texts; a metric is left out if all texts are too short for it."""
+    longest = max(map(len, rows))
+    values = {}
     if longest >= 4:
         values["seq_rep_4"] = sequence_repetition(rows, 4)
     if longest >= 2:
@@ -226,12 +250,12 @@ def _measure(rows: list[list[int]]) -> dict[str, float]:
 
 
 def _up_to(ends: list[int], ids: list[int]) -> list[int]:
-    """Cut ids off before the first that ends a text; after it there is padding, which would be a loop."""
+    """Cut ids off before the first end-of-text token, because the padding after it would count as a loop."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _long_rows(held_out: Iterable, most: int, prompt_tokens: int, new_tokens: int) -> list[list[int]]:
-    """Return the ids of the first rows that have enough, cut to that."""
+    """Return the ids of the first rows that are long enough, cut to `prompt_tokens + new_tokens`."""
     rows: list[list[int]] = []
     longest = 0
     for row in held_out:
@@ -256,6 +280,6 @@ def _token_ids(row: Any) -> list[int]:
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if not isinstance(ids, list | tuple) or not all(isinstance(token, int) for token in ids):
         got = repr(ids)[:80] if "input_ids" in example else f"columns {sorted(example)}"
-        raise ValueError(f"rows of held_out must be token ids, or have them as input_ids, got {got}; tokenize it first")
+        raise ValueError(f"rows of held_out must be token ids, or have input_ids, got {got}; tokenize it first")
     shown = example.get("attention_mask", [1] * len(ids))
     return [token for token, is_shown in zip(ids, shown, strict=True) if is_shown]

@@ -1,6 +1,6 @@
-"""Training against loops in the model's own text, which stops where it repeats itself as often as people do.
+"""A Trainer callback that trains a model not to repeat itself more often than people do in the text it writes.
 
-Legend: `R` continuations of `L` tokens, of prefixes of `P` tokens; `B` rows of `T` tokens.
+Legend: `B` rows of `T` tokens, `R` prefixes of `P` tokens, which are continued by `L` tokens, `V` vocabulary.
 """
 
 import inspect
@@ -24,37 +24,43 @@ from .metrics import sequence_repetition
 
 logger = logging.get_logger(__name__)
 
-HALVINGS = 4  # a batch without documents long enough has its prefixes and continuations halved, at most so often
+HALVINGS = 4  # number of lengths to try, each half of the one before, if the documents of a batch are too short
 
 
 class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
-    """Adds to any Trainer: every few steps the model continues prefixes of the batch, and unlearns its loops.
+    """Train against loops with any Trainer: every few steps, penalise repetition in continuations of the batch.
 
-    The gradient of `alpha * mean(-log(1 - p(x_t)))`, over tokens `x_t` of the n-grams that repeat within a greedy
-    continuation, joins that of the step's loss, whatever this is (Welleck et al. 2019, https://arxiv.org/abs/1908.04319,
-    where such steps take the place of others, without end). Here
+    The model continues prefixes of the batch greedily. The penalty is
+
+        alpha * mean(-log(1 - p(x_t)))
+
+    over the tokens `x_t` of n-grams that repeat within a continuation. Its gradient is added to the gradient of the
+    step's loss. Welleck et al. 2019, https://arxiv.org/abs/1908.04319, whose steps replace other steps and never end.
+    Here the penalty vanishes once the model repeats itself no more than people do:
 
         alpha = weight * max(0, 1 - human / own)
 
-    with `own` the repetition (seq-rep-n) of the continuations, a running mean over the latest, and `human` that of the
-    true ones, the mean over all: the share of repetition that people do not have. So it stops by itself.
+    `own` is the repetition (seq-rep-n) of the model's continuations, as a running mean. `human` is the repetition of
+    the true continuations, as a mean over all of them.
 
-    Prefixes are of one document, begin anywhere, and are continued where labels are: a prompt is never unlearnt. All
-    processes do so in the same steps, and agree on `alpha`; resuming goes on exactly. `loops_own`, `loops_human` and
-    `loops_alpha` are logged with the loss.
+    A prefix lies in one document and may begin anywhere. It is continued only where the true tokens have labels, so a
+    prompt is never penalised. All processes generate in the same steps and agree on `alpha`. Resuming is exact.
+    `loops_own`, `loops_human` and `loops_alpha` are logged with the loss.
 
-    Needs a model that can `generate`; not with DeepSpeed, FSDP version 1 or `nn.DataParallel`.
+    The model must be able to `generate`. DeepSpeed, FSDP version 1 and `nn.DataParallel` are not supported.
 
     Args:
-        every (`int`): optimizer steps from one time to the next. A time costs about as much as generating `L` tokens.
-        rows (`int`): `R`, for each process.
-        prefix_tokens, new_tokens (`int`): `P` and `L`, halved where no document of the batch is long enough.
-        ngram (`int`): tokens of an n-gram.
-        weight (`float`): of the penalty beside the loss per token. Larger than 1 as it joins few steps.
-        memory (`float`): in [0, 1), of the running mean from one time to the next.
+        every (`int`): number of optimizer steps between two penalties. A penalty costs about as much as to generate `L`
+            tokens.
+        rows (`int`): `R`, the number of prefixes of each process.
+        prefix_tokens, new_tokens (`int`): `P` and `L`. Both are halved while no document of the batch is long enough.
+        ngram (`int`): number of tokens of an n-gram.
+        weight (`float`): the weight of the penalty beside the loss per token. The default exceeds 1, because few steps
+            have a penalty.
+        memory (`float`): the share of the old value in each update of the running mean, in [0, 1).
 
     Raises:
-        ValueError: unusable settings, or (when training begins) a way of training that it cannot join.
+        ValueError: a setting out of range; or, when training begins, a way of training that is not supported.
     """
 
     def __init__(
@@ -77,48 +83,63 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
                 f"{memory=}"
             )
         self.settings: dict[str, Any] = {**counts, "new_tokens": new_tokens, "weight": weight, "memory": memory}
-        self.every, self.rows, self.ngram, self.weight, self.memory = every, rows, ngram, weight, memory
-        self.prefix_tokens, self.new_tokens = prefix_tokens, new_tokens
-        self.times, self.own, self.human = 0, 0.0, 0.0
-        self._generator, self._is_due = torch.Generator(), False
+        self.every = every
+        self.rows = rows
+        self.prefix_tokens = prefix_tokens
+        self.new_tokens = new_tokens
+        self.ngram = ngram
+        self.weight = weight
+        self.memory = memory
+        self.times = 0
+        self.own = 0.0
+        self.human = 0.0
+        self._generator = torch.Generator()
+        self._is_due = False
 
     def state(self) -> dict[str, Any]:
-        """Return what is saved in `trainer_state.json`."""
+        """Return the settings and the means that the Trainer saves in `trainer_state.json`."""
         return {"args": self.settings, "attributes": {"times": self.times, "own": self.own, "human": self.human}}
 
     @property
     def alpha(self) -> float:
-        """The present weight of the penalty."""
+        """The current weight of the penalty: 0 before the first continuation and where people repeat as much."""
         return self.weight * max(0.0, 1 - self.human / self.own) if self.own else 0.0
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Join the training, and go on where a checkpoint left off."""
+        """Restore the means from a checkpoint, and hook into the model's forward pass.
+
+        Raises:
+            ValueError: DeepSpeed, FSDP version 1 or `nn.DataParallel`.
+        """
         model = kwargs["model"]
         if args.deepspeed_plugin or args.n_gpu > 1 or isinstance(model, FullyShardedDataParallel):
             several = f"{args.n_gpu} devices of one process" if args.n_gpu > 1 else "FSDP version 1"
             got = "DeepSpeed" if args.deepspeed_plugin else several
-            raise ValueError(f"{type(self).__name__} needs one device, DDP or FSDP version 2, got {got}")
+            raise ValueError(
+                f"{type(self).__name__} needs one device, DDP or FSDP version 2, got {got}; start with `accelerate "
+                "launch` and one of these"
+            )
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[0] if isinstance(saved, list) else saved
-        for name, value in (saved or {}).get("attributes", {}).items():  # the Trainer restores only on demand
+        for name, value in (saved or {}).get("attributes", {}).items():  # the Trainer restores callbacks only on demand
             setattr(self, name, value)
         self._scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        # before FSDP's own hook, which would find itself in the middle of another forward
+        # the hook runs before FSDP's own hook, which does not allow a forward pass within another
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
 
     def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the model as it was."""
+        """Remove the hook from the model."""
         self._hook.remove()
 
     def on_step_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Decide whether the first forward of this step is preceded by continuations."""
+        """Decide whether this step has a penalty, and seed the choice of its prefixes."""
         self._is_due = state.global_step % self.every == 0
         self._generator.manual_seed(step_seed(args.seed, state.global_step, args.process_index))
 
     def on_log(
         self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
     ) -> None:
-        """Add to the line of the loss."""
+        """Add the means and `alpha` to the log of the loss."""
         if "loss" in logs:
             values = {"loops_own": self.own, "loops_human": self.human, "loops_alpha": self.alpha}
             logs.update(values)
@@ -126,19 +147,31 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: tuple, batch: dict[str, Any]) -> None:
+        """Add the penalty before a forward pass in training."""
         if model.training and torch.is_grad_enabled():
             self.join(model, {"input_ids": args[0], **batch} if args else batch)
 
     def join(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Let the model continue prefixes of a batch, if it is time, and add the gradient of the penalty to the step's.
+        """Let the model continue prefixes of a batch, if a penalty is due, and add its gradient to the step's gradient.
 
-        It is called before each forward in training; by trainers that have hooks in the model then, before those.
+        A hook calls it before each forward pass in training. A trainer with hooks of its own in the model calls it
+        before these.
+
+        Args:
+            model (`nn.Module`): the model.
+            batch (mapping from `str` to `[B, T]`): with `input_ids`, and perhaps `attention_mask`, `labels` and
+                `position_ids`.
+
+        Raises:
+            ValueError: a batch without `input_ids`.
         """
         if not self._is_due:
             return
         self._is_due = False
         if batch.get("input_ids") is None:
-            raise ValueError(f"{type(self).__name__} continues input_ids, got a batch of {sorted(batch)}")
+            raise ValueError(
+                f"{type(self).__name__} continues input_ids, got a batch of {sorted(batch)}; train on token ids"
+            )
         prefixes, true = self._choose(batch)
         length = true.shape[1] or self.new_tokens
         shown = torch.ones_like(prefixes)
@@ -154,26 +187,39 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
         (penalty if self._scaler is None else self._scaler.scale(penalty)).backward()
 
     def _choose(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return prefixes (`[R, P]`) and how they truly went on (`[R, L]`; `[1, 0]` if the batch has no place)."""
+        """Choose prefixes in a batch at random.
+
+        Returns:
+            prefixes (`[R, P]`) and their true continuations (`[R, L]`), or `[1, 1]` and `[1, 0]` if no document is long
+            enough.
+        """
         ids = batch["input_ids"]
         shown = torch.ones_like(ids) if batch.get("attention_mask") is None else batch["attention_mask"]
         labels = ids.masked_fill(shown == 0, IGNORED) if batch.get("labels") is None else batch["labels"]
         documents = documents_of(ids, shown, batch.get("position_ids"))
         for halving in range(HALVINGS):
-            prefix, new = max(self.prefix_tokens >> halving, 1), self.new_tokens >> halving
+            prefix = max(self.prefix_tokens >> halving, 1)
+            new = self.new_tokens >> halving
             row, start = places(labels, documents, prefix, new)
             if new > self.ngram and len(row):
                 chosen = torch.randperm(len(row), generator=self._generator)[: self.rows].to(row.device)
                 columns = start[chosen, None] + torch.arange(prefix + new, device=ids.device)
                 return ids[row[chosen, None], columns].split([prefix, new], dim=1)
         logger.warning_once(
-            f"{type(self).__name__} found a batch without {prefix} tokens followed by {new} labelled ones of the same "
-            "document, and left it out; make prefix_tokens and new_tokens smaller if your documents are short"
+            f"{type(self).__name__} skips a batch without {prefix} tokens that {new} tokens with labels follow in the "
+            "same document; make prefix_tokens and new_tokens smaller if your documents are short"
         )
-        return ids[:1, :1], ids[:1, :0]  # other processes may wait for this one
+        return ids[:1, :1], ids[:1, :0]  # one token to continue, because other processes may wait for this one
 
     def _measure(self, own: Tensor, true: Tensor) -> None:
-        """Update both measures of repetition, by continuations of all processes; pairs are cut to equal lengths."""
+        """Update the means of repetition with the continuations of all processes.
+
+        Each pair of an own and a true continuation is cut to equal lengths, because repetition grows with length.
+
+        Args:
+            own (`[R, L]`, int64): the model's continuations; -100 after their end of text.
+            true (`[R, L]`, int64): the true continuations.
+        """
         pairs = [(mine[mine != IGNORED], theirs) for mine, theirs in zip(own, true, strict=True)]
         pairs = [(mine[: len(theirs)], theirs[: len(mine)]) for mine, theirs in pairs if len(mine) >= self.ngram]
         pairs = [pair for pair in pairs if len(pair[0]) >= self.ngram]
@@ -186,7 +232,7 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
 
 
 def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
-    """Return the logits of the last `count` tokens, `[R, count, V]`; most models compute no others."""
+    """Compute the logits of the last `count` tokens, `[R, count, V]`, and of no other tokens if the model allows it."""
     base = without_adapter(model)
     accepts = "logits_to_keep" in inspect.signature(type(base).forward).parameters
     options: dict[str, Any] = {"logits_to_keep": count} if accepts else {}
@@ -195,20 +241,27 @@ def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
 
 
 def documents_of(ids: Tensor, shown: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Number the documents of each row, `[B, T]`; hidden tokens belong to none."""
+    """Number the documents of each row, `[B, T]`, int64; a hidden token has the number -1.
+
+    Args:
+        ids, shown (`[B, T]`, int64): token ids and attention mask.
+        position_ids (`[B, T]`, int64, *optional*): positions, which restart at each document; by default a row is one
+            document.
+    """
     documents = torch.zeros_like(ids) if position_ids is None else documents_from_positions(position_ids)
     return documents.masked_fill(shown == 0, -1)
 
 
 def places(labels: Tensor, documents: Tensor, prefix: int, new: int) -> tuple[Tensor, Tensor]:
-    """Find where `prefix` tokens are followed by `new` labelled ones, all of one document.
+    """Find all places where `prefix` tokens are followed by `new` tokens with labels in the same document.
 
     Args:
-        labels (`[B, T]`, int64): -100 where none counts.
-        documents (`[B, T]`, int64): ascending; -1 for tokens of none.
+        labels (`[B, T]`, int64): labels; -100 for a token without label.
+        documents (`[B, T]`, int64): the number of each token's document, ascending; -1 for a hidden token.
+        prefix, new (`int`): numbers of tokens.
 
     Returns:
-        row and first column of each place, `[N]`, int64.
+        row and first column of each of `N` places, `[N]` each, int64.
     """
     starts = torch.arange(max(labels.shape[1] - prefix - new + 1, 0), device=labels.device)
     labelled = nn.functional.pad((labels != IGNORED).long().cumsum(1), (1, 0))

@@ -1,1 +1,1 @@
-"""Parts for training with the stock `Trainer`: packed rows, checkpoints, finite gradients, generation."""
+"""Tools for training with the stock `Trainer`: packed rows, complete checkpoints, finite gradients, generation."""

@@ -1,7 +1,8 @@
-"""Which checkpoint of a training was written to its end: a process can be killed, or its disk fill up, while it saves.
+"""Find the newest complete checkpoint of a training.
 
-transformers' `get_last_checkpoint` goes by the name alone and returns half of a checkpoint, too. Trainer writes
-`trainer_state.json` last and removes older checkpoints only then, so that a whole one is there from the first save on.
+A checkpoint is incomplete if the process was killed, or the disk was full, while it was saved. `get_last_checkpoint` of
+transformers looks at names only, so it may return an incomplete checkpoint. The Trainer writes `trainer_state.json`
+last, and removes older checkpoints only after that. Therefore a complete checkpoint exists from the first save on.
 """
 
 import json
@@ -17,8 +18,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 STATE = "trainer_state.json"
-# what training cannot go on without, and the names it has: of one file, of an index of several, of adapters, as written
-# by FSDP (whole and sharded) and by DeepSpeed, which keeps all but random numbers in one folder
+# The parts that training cannot resume without, and the names that each part may have. Weights are one file, several
+# files with an index, adapters, or files of FSDP (whole or sharded). DeepSpeed keeps all parts but the random states in
+# one folder, `global_step*`.
 NEEDED = {
     "weights": (
         "model.safetensors",
@@ -34,9 +36,15 @@ NEEDED = {
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """Return the newest whole checkpoint of a training, if any, for `Trainer.train(resume_from_checkpoint=...)`.
+    """Return the newest complete checkpoint of a training, for `Trainer.train(resume_from_checkpoint=...)`.
 
-    Newer ones that are not whole are named in a warning and left where they are; training writes them anew.
+    A warning names newer checkpoints that are incomplete. They are left in place, and training overwrites them.
+
+    Args:
+        output_dir: the output folder of the training; it need not exist.
+
+    Returns:
+        the path of the checkpoint, or `None` if there is no complete checkpoint.
     """
     names = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")]
     for step in sorted((int(name[1]) for name in names if name), reverse=True):
@@ -44,14 +52,15 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
         fault = checkpoint_fault(folder)
         if fault is None:
             return str(folder)
-        logger.warning(f"{folder} is passed over: {fault}")
+        logger.warning(f"the checkpoint {folder} is incomplete and skipped: {fault}")
     return None
 
 
 def checkpoint_fault(folder: str | os.PathLike) -> str | None:
-    """Return what is wrong with a checkpoint of transformers' Trainer, or `None` if it is whole.
+    """Describe what is wrong with a checkpoint of transformers' Trainer, or return `None` if it is complete.
 
-    Every file is opened: archives and weights say how long they are, JSON must parse. Tensors are not read.
+    Every file is opened. The headers of archives and of weights must match their length, and JSON must parse. Tensors
+    are not read.
     """
     folder = Path(folder)
     if not (folder / STATE).is_file():
@@ -62,11 +71,12 @@ def checkpoint_fault(folder: str | os.PathLike) -> str | None:
     for path in sorted(folder.rglob("*")):
         fault = _file_fault(path)
         if fault:
-            return f"{path.relative_to(folder)} is not whole: {fault}"
+            return f"{path.relative_to(folder)} is incomplete: {fault}"
     return _missing_part(folder)
 
 
 def _file_fault(path: Path) -> str | None:
+    """Describe what is wrong with a file of a checkpoint, or return `None` if it is complete."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -82,17 +92,17 @@ def _file_fault(path: Path) -> str | None:
 
 
 def _missing_part(folder: Path) -> str | None:
-    """Return which part of what is written in parts is not there."""
+    """Describe which file is missing from a part that consists of several files, or return `None`."""
     for index in folder.glob("*.index.json"):
         for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
             if not (folder / name).is_file():
-                return f"{index.name} names {name}, which is not there"
+                return f"{index.name} names {name}, which is missing"
     for part in folder.glob("*/*.distcp"):
         if not (part.parent / ".metadata").is_file():
             return f"{part.parent.name} has no .metadata, which is written last"
     if any(folder.glob("global_step*")) and not (folder / "latest").is_file():
         return "there is no file named latest, which DeepSpeed writes last"
     ranks = sorted(int(path.stem.removeprefix("rng_state_")) for path in folder.glob("rng_state_*.pth"))
-    if ranks != [*range(len(ranks))] or ranks == [0]:  # a single process writes rng_state.pth
-        return f"random numbers are there of processes {ranks} only"
+    if ranks != list(range(len(ranks))) or ranks == [0]:  # a single process writes rng_state.pth
+        return f"random numbers were saved for processes {ranks} only"
     return None
