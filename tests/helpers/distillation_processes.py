@@ -38,7 +38,7 @@ def sharded_gradients(folder: str) -> dict[str, float]:
 
 
 def work(folder: str) -> None:
-    """Train in all ways, and write what was found."""
+    """Train in all ways, and write the results to `result.json` in a folder."""
     found = {kind: trained(folder, options) for kind, options in KINDS.items()}
     found["sharded"] = sharded_gradients(folder)
     if torch.distributed.get_rank() == 0:

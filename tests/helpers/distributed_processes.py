@@ -212,7 +212,7 @@ def write(trainer: Trainer, path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # each training collects garbage, and what has been imported is none
+    gc.freeze()  # garbage collections in training then skip the imported modules
     layout, models, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if layout != "ddp":
         from examples.accelerate import on_cpu

@@ -96,7 +96,7 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def work(parent: str) -> None:
-    """Go through the models in a folder, and write what was found beside each."""
+    """Run all models in a folder, and write the results of this process beside each."""
     for folder in sorted(Path(parent).iterdir()):
         if folder.name == "stages":
             model = load(folder, torch.float64, pp_size=2)

@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for an H100, with or without a GPU, as `test_attention_triton.py` asks.
+"""Compile every Triton kernel for an H100, with or without a GPU, for `test_attention_triton.py`.
 
     python -m tests.helpers.triton_ahead_of_time HEAD_DIM-GROUPS[-BLOCK_SIZE[-DTYPE]] ...
 
-Prints a JSON object: for each of these shapes and each kernel its registers, bytes of stack (spilled registers) and of
-shared memory, and warps.
+It prints a JSON object with the resources of each kernel for each of these shapes: registers, bytes of stack (spilled
+registers), bytes of shared memory, and warps.
 """
 
 import json
@@ -71,7 +71,7 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any = None, warmup: boo
 
 
 def compile_all(head_dim: str, groups: str, block_size: str = "64", dtype: str = "bfloat16") -> dict:
-    """Go through forward, backward and decoding, on the CPU, without computing anything; return all resources."""
+    """Compile the kernels of forward, backward and decoding, without running them; return their resources by name."""
     JITFunction.run = compile_instead
     resources.clear()
     settings = SparseAttentionConfig(int(block_size), 704 // int(block_size), 256 // int(block_size), 1)

@@ -1,6 +1,6 @@
-"""Start processes with torch and transformers imported already: they are forked from a server that did so once.
+"""Start processes in which torch and transformers are imported already, by forking them from a server process.
 
-The server is the one of multiprocessing's start method "forkserver". It computes nothing itself.
+The server belongs to multiprocessing's start method "forkserver". It imports the modules once, and computes nothing.
 """
 
 import gc
@@ -31,7 +31,7 @@ def run_two_processes(work: Callable[[str], None], folder: Path) -> None:
 
 
 def _join(rank: int, port: int, work: Callable[[str], None], folder: str) -> None:
-    """Set the environment that `torchrun` sets, and work."""
+    """Set the environment variables that `torchrun` sets, and call `work`."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in (ranks | meeting).items()})
@@ -63,7 +63,7 @@ def run_script(
 
 
 def _run(script: Path | str, arguments: list[str], streams: list[Path], environment: dict[str, str]) -> None:
-    """Take on the environment of a fresh process, send what is printed to files, and run."""
+    """Run a script with the given environment and with its output in files, as in a fresh process."""
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, path in enumerate(streams, 1):
