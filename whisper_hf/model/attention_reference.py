@@ -26,6 +26,7 @@ For each query `t` and each group of query heads `h` that share a key head:
 The shape legend of `sparse_selection.py` applies here.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,15 +64,27 @@ def masked_sparse_attention_reference(
     Returns:
         output (`[B, H, T, E]`) and attention weights (`[B, H, T, S]`, or `None`), in the dtype of `query`.
     """
-    is_sparse = settings is not None and not settings.covers(key.shape[2])
-    outputs, weights = [], []
+    steps = _allowed_keys(query, key, attention_mask, settings, sliding_window)
+    if needs_weights:  # in one step, so that gradients flow through the weights that are returned
+        allowed = torch.cat([allowed for _, allowed in steps], dim=2)
+        return attention_reference(query, key, value, allowed, scaling)
+    outputs = [attention_reference(query[:, :, rows], key, value, allowed, scaling)[0] for rows, allowed in steps]
+    return torch.cat(outputs, dim=2), None
+
+
+def _allowed_keys(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    settings: SparseAttentionConfig | None,
+    sliding_window: int | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a slice of queries and the keys that they attend to, `[B or 1, 1 or K or H, rows, S]` bool."""
     for rows, visible in visible_rows(attention_mask, query, key, sliding_window):
-        allowed = selected_keys(query[:, :, rows], key, visible, settings) if settings and is_sparse else visible
-        output, weight = attention_reference(query[:, :, rows], key, value, allowed, scaling)
-        outputs.append(output)
-        if needs_weights:
-            weights.append(weight)
-    return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if needs_weights else None
+        if settings is None or settings.covers(key.shape[2]):
+            yield rows, visible
+        else:
+            yield rows, selected_keys(query[:, :, rows], key, visible, settings)
 
 
 def attention_reference(
