@@ -22,24 +22,24 @@ TASKS = ("perplexity", "retrieval", "repetition", "translation", "size", "speed"
 CONFIG, SUMS = "config.json", "SHA256SUMS"
 SCRIPTS = {"whisper-lm-135m": "whisper_lm_135m.py", "whisper-lm-mini": "whisper_lm_mini.py --baselines"}
 WORKS = (
-    "Nothing was trained on the works that it is measured on: the novel is Jane Austen's Northanger Abbey, the program "
-    "the modules tarfile and inspect of Python's library."
+    "Nothing was trained on the works that it is measured on. The novel is Northanger Abbey by Jane Austen, and the "
+    "program text is the modules tarfile and inspect of the Python library."
 )
 LIMITS = {
     "whisper-lm-135m": [
         WORKS,
-        "It was adapted on three novels and on program text, with facts hidden in them that were worded as those that "
-        "it is measured with; other names, numbers and works.",
-        "Weights of the source had been rounded to few bits before, so quantizing them again loses less than it would "
+        "It was adapted on three novels and on program text with hidden facts. The facts that it is measured with have "
+        "the same wording, but other names and numbers, and are hidden in other works.",
+        "The weights of the source had been rounded to few bits before, so that quantizing them again loses less than "
         "in other models.",
     ],
     "whisper-lm-mini": [
         WORKS,
-        "It has read three novels and program text, no more: it knows far less than its teacher, finds no facts far "
+        "It was trained on three novels and program text alone. It knows far less than its teacher, finds no facts far "
         "back, and cannot chat.",
-        "Without a teacher means trained on the same rows in as many steps, from random weights or from those that "
-        "were cut out of the teacher, with which this student began, too: what distillation is worth shows beside the "
-        "latter.",
+        "The models without a teacher were trained on the same rows in as many steps: one from random weights, the "
+        "other from the weights that were cut out of the teacher, with which this student began, too. The comparison "
+        "with the second shows what distillation is worth.",
     ],
 }
 

@@ -87,7 +87,7 @@ def tokenize(
     """Tokenize texts, join them (with the end-of-text token between), and cut them into pieces of equal length.
 
     Raises:
-        ValueError: no such column.
+        ValueError: the data set does not have the column.
     """
     if column not in dataset.column_names:
         raise ValueError(f"expected a column 'input_ids' or {column!r}, got {dataset.column_names}; see --text-column")
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ValueError: a teacher, a data set or a number that is refused, or an output with other signals.
-        OSError: no such teacher or data set, or an output that cannot be written.
+        OSError: the teacher or the data set does not exist, or the output cannot be written.
     """
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.teacher, **UNTRUSTED)
     dataset = read_dataset(options.dataset, options.split)

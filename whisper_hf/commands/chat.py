@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ImportError: the packages that serve are not installed.
         ValueError: no model, or an option that the model or the server does not have.
-        OSError: no such model, or no server could be started.
+        OSError: the model does not exist, or the server could not be started.
     """
     chat(options.arguments)
     return 0

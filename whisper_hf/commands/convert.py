@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ValueError: a source or a setting that is refused, or a target that holds something.
-        OSError: no such source, or a target that cannot be written.
+        OSError: the source does not exist, or the target cannot be written.
     """
     sparse_attention = SparseAttentionConfig(**{name: getattr(options, name) for name in SparseAttentionConfig.MINIMUM})
     convert_checkpoint(

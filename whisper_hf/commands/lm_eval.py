@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ImportError: the harness is not installed.
         ValueError: a task or model that it refuses.
-        OSError: no such model.
+        OSError: the model does not exist.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("the evaluation harness is not installed; pip install 'whisper-hf[evaluation]'")

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ValueError: a source, recipe or option that is refused, or a target that holds something.
-        OSError: no such source or text, or a target that cannot be written.
+        OSError: the source or the text does not exist, or the target cannot be written.
         ImportError: no bitsandbytes, where the recipe needs it.
     """
     hub_kwargs = {"trust_remote_code": True} if options.trust_remote_code else {}

@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ImportError: the packages that serve are not installed.
         ValueError: an option that the model or the server does not have.
-        OSError: no such model.
+        OSError: the model does not exist.
     """
     serve(options.arguments)
     return 0

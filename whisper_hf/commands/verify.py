@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ValueError: a source without checksums, or with a file of checksums that is not one.
-        OSError: no such source.
+        OSError: the source does not exist.
     """
     source, hub_kwargs = options.source, {"revision": options.revision}
     sums = find_file(source, CHECKSUMS, **hub_kwargs)

@@ -182,7 +182,7 @@ def find_file(source: str | os.PathLike, name: str, **options: Any) -> Path | No
         options: those of `from_pretrained` that say where to look; others are ignored.
 
     Raises:
-        OSError: no such folder or Hub id.
+        OSError: the folder or Hub id does not exist.
     """
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
     found = cached_file(source, name, **quiet, **_hub_options(options))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the model classes do about checkpoints, processes and attention: load and save whole, share, refuse."""
+"""The base of the model classes: load and save checkpoints, distribute a model, and refuse dense attention."""
 
 import os
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from .checksums import CHECKSUMS, write_checksums
 from .configuration_whisper_lm import WhisperLMConfig
 
 ATTENTION_IMPLEMENTATIONS = (MASKED_SPARSE, "sdpa", "eager")
-# every process computes all heads where processes cannot share them evenly; the weights are shared all the same
+# plan for heads that processes cannot share evenly: every process computes all heads, from weights that are shared
 UNEVEN_HEADS_TP_PLAN = {
     "q_proj": "colwise_gather_output",
     "k_proj": "colwise_gather_output",
@@ -51,7 +51,7 @@ AUTO_MAP = {
 
 
 def keep_4bit_arrangement(model: Any) -> None:
-    """Keep bitsandbytes from rearranging 4-bit weights, in place."""
+    """Prevent bitsandbytes from rearranging the 4-bit weights of a model, in place."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -59,7 +59,7 @@ def keep_4bit_arrangement(model: Any) -> None:
 
 @contextmanager
 def _without_fsdp_class(model: Any) -> Iterator[None]:
-    """Give a model its own class back, before which FSDP 2 puts one of torch, whose code would be saved instead."""
+    """Restore the class of a model while it is saved: FSDP 2 replaces it by one whose code would be saved instead."""
     kind = type(model)
     model.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
     try:
@@ -69,16 +69,16 @@ def _without_fsdp_class(model: Any) -> Iterator[None]:
 
 
 class CheckedPreTrainedModel(PreTrainedModel):
-    """A `PreTrainedModel` whose checkpoints are whole, with its code, and whose attention is never dense unasked."""
+    """A `PreTrainedModel` that validates its checkpoints, saves its code with them, and refuses dense attention."""
 
     config: WhisperLMConfig
-    _may_be_new: tuple[str, ...] = ()  # beginnings of the names of weights that a checkpoint may lack
+    _may_be_new: tuple[str, ...] = ()  # prefixes of the names of weights that a checkpoint may lack
 
     def __init__(self, config: WhisperLMConfig, *args: Any, **kwargs: Any) -> None:
-        """Refuse weights of an unknown kind, which transformers would read as if they were none.
+        """Refuse an unknown quantization, whose weights transformers would load as if they were not quantized.
 
         Raises:
-            ValueError: a checkpoint in a quantization that needs a package to be imported.
+            ValueError: the checkpoint's quantization needs a package that is not imported.
         """
         quantization = getattr(config, "quantization_config", None)
         if isinstance(quantization, dict) and not AutoHfQuantizer.supports_quant_method(quantization):
@@ -96,23 +96,24 @@ class CheckedPreTrainedModel(PreTrainedModel):
         verify_checksums: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load as transformers does, but only weights that are whole; 4-bit weights then stay as they are loaded.
+        """Load a model as transformers does, and refuse weights that are damaged or missing.
 
         A truncated or missing file and a weight of another shape are always found. A changed byte inside a weight is
         found with `verify_checksums=True`, which hashes all files, for a second per gigabyte and core.
 
         On CPUs with AVX512-BF16, bitsandbytes (0.50.2) rearranges 4-bit weights when they are first used without
-        gradients, for a faster product with few rows; saved, dequantized or trained on after that, they are wrong.
+        gradients, for a faster product with few rows. A model that is saved, dequantized or trained after that is
+        wrong, so that this is switched off here.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id; `None` for weights from memory.
             verify_checksums: compare the files with the `SHA256SUMS` beside them.
-            args, kwargs: as for transformers' own method.
+            args, kwargs: the arguments of transformers' own method.
 
         Raises:
             ValueError: weights that are damaged, missing or of another shape (see [`load_intact`]), or, with
                 `verify_checksums`, that have changed since they were saved or have no `SHA256SUMS`.
-            OSError: no such checkpoint.
+            OSError: the checkpoint does not exist.
         """
         source, load = pretrained_model_name_or_path, super().from_pretrained
         if source is None:
@@ -156,20 +157,20 @@ class CheckedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any) -> Any:
-        """Share the model between processes by its plan, and by another for heads that cannot be shared evenly."""
+        """Distribute a model by its tensor-parallel plan, or by another plan where heads do not divide evenly."""
         if distributed_config is not None and model.config.num_key_value_heads % distributed_config.tp_size:
             plan = model.tp_plan.items()
             model.tp_plan = {name: UNEVEN_HEADS_TP_PLAN.get(name.rpartition(".")[2], style) for name, style in plan}
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with this code, an `auto_map` that names every Auto class, and checksums."""
+        """Save a model as transformers does, and add its code, an `auto_map` for every Auto class, and checksums."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
         is_worker = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
         is_main = kwargs.get("is_main_process", True) and not is_worker
         if is_main:
-            Path(save_directory, CHECKSUMS).unlink(missing_ok=True)  # of what is about to be overwritten
+            Path(save_directory, CHECKSUMS).unlink(missing_ok=True)  # they describe files that are about to change
         with _without_fsdp_class(self):
             super().save_pretrained(save_directory, **kwargs)
         if is_main:
