@@ -138,9 +138,7 @@ def save_results(
     Raises:
         ValueError: content that `load_results` would refuse; no file is written then.
     """
-    from .. import __version__  # imported here, since the package imports this file
-
-    versions = {"whisper_hf": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    versions = {"whisper_hf": version("whisper-hf"), "torch": version("torch"), "transformers": version("transformers")}
     rows = [asdict(record) if isinstance(record, Record) else record for record in records]
     results = {"command": command, "device": device, "versions": versions, "records": rows}
     _checked(results)
