@@ -19,7 +19,7 @@ OPTIONS = {  # of the commands that parse their own arguments
     "convert": "source target --to-dense --max-shard-size --block-size --topk-blocks --local-blocks --sink-blocks",
     "quantize": "source target --recipe --keep --dtype --device --text --no-comparison --max-shard-size "
     "--trust-remote-code",
-    "verify": "source --revision",
+    "verify": "source --revision --subfolder",
     "cache-signals": "--teacher --dataset --output --top-k --samples --temperature --tokenizer --split --text-column "
     "--max-length --batch-size --dtype --seed",
 }

@@ -128,3 +128,50 @@ def test_binary_mode_and_capitals_are_read(folder: Path) -> None:
     digest, name = (folder / CHECKSUMS).read_text().split()
     (folder / CHECKSUMS).write_text(f"{digest.upper()} *{name}\n")
     assert main(["verify", str(folder)]) == 0
+
+
+def test_comments_and_empty_lines_are_skipped(folder: Path, capsys) -> None:
+    sums = folder / CHECKSUMS
+    sums.write_text("\ufeff# made by us\n\n" + sums.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["verify", str(folder)]) == 0
+    assert f"{ONE}: OK" in capsys.readouterr().out
+
+
+def test_variants_are_read_and_must_be_listed(folder: Path, capsys) -> None:
+    """Weights under another name than the usual one, listed but not readable, and readable but not listed."""
+    variant = folder / "model.fp16.safetensors"
+    (folder / ONE).rename(variant)
+    write_checksums(folder)
+    assert main(["verify", str(folder)]) == 0
+    (folder / "note.txt").write_text("kept with the weights", encoding="utf-8")
+    write_checksums(folder, ["note.txt"])
+    capsys.readouterr()
+    assert main(["verify", str(folder)]) == 1
+    assert f"{variant.name}: NOT LISTED in {CHECKSUMS}" in capsys.readouterr().err
+    variant.write_bytes(b"junk")
+    write_checksums(folder)
+    assert main(["verify", str(folder)]) == 1
+    assert "must be a whole safetensors file" in capsys.readouterr().err
+
+
+def test_a_subfolder_is_verified(folder: Path) -> None:
+    assert main(["verify", str(folder.parent), "--subfolder", folder.name]) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("", "must be a folder or a Hub id, got ''"),
+        ("FILE", "must be a folder or a Hub id, got a file"),
+        ("/nowhere/at/all", "the folder '/nowhere/at/all' does not exist"),
+        ("./mistyped", "the folder './mistyped' does not exist"),
+        ("mistyped-folder", "is not a folder, and its SHA256SUMS is not in the cache"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(source: str, words: str, folder: Path, capsys, monkeypatch) -> None:
+    """Offline, so that a name that is not a folder cannot be looked up."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(folder / ONE) if source == "FILE" else source])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command not in TOOLS:
             module.add_arguments(parser)
             return module.run(parser.parse_args(rest))
+        parser.usage = f"{PROGRAM} {command} ... (`{PROGRAM} {command} --help` lists the options of the tool)"
         if rest[:1] in (["-h"], ["--help"]):
             print(module.__doc__)
         return module.run(argparse.Namespace(arguments=rest))

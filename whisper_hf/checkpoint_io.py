@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .model.checkpoint_integrity import find_file, load_intact
+from .model.checkpoint_integrity import find_checksums, load_intact
 from .model.checksums import CHECKSUMS, write_checksums
 
 logger = logging.get_logger(__name__)
@@ -113,12 +113,31 @@ def has_checksums(source: Any, **options: Any) -> bool:
         source: folder or Hub id.
         options: options of `from_pretrained`, which say where to look and which files to read.
 
-    Raises:
-        OSError: the checkpoint does not exist.
+    Where the Hub is offline and the cache does not hold the file, a warning says that nothing will be verified.
     """
     if options.get("use_safetensors") is False or options.get("gguf_file") is not None:
         return False
-    return find_file(source, CHECKSUMS, **options) is not None
+    try:
+        return find_checksums(source, **options) is not None
+    except OSError as error:
+        logger.warning(f"the weights are not verified: {error}")
+        return False
+
+
+def check_source(source: str) -> None:
+    """Check that the source of a command can be a folder or a Hub id.
+
+    Raises:
+        ValueError: an empty name or the path of a file.
+        OSError: a path of a folder that does not exist.
+    """
+    if not source or Path(source).is_file():
+        raise ValueError(
+            f"the source must be a folder or a Hub id, got {'a file: ' if source else ''}{source!r}; name the folder "
+            "that holds config.json and the weights"
+        )
+    if not Path(source).exists() and (source.startswith((".", "~", os.sep)) or source.count("/") > 1):
+        raise FileNotFoundError(f"the folder {source!r} does not exist; correct the path, or name a Hub id")
 
 
 def load_causal_lm(source: Any, **options: Any) -> Any:

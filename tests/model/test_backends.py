@@ -118,6 +118,23 @@ def test_a_task_keeps_its_choice_while_another_runs() -> None:
     assert attention._wanted() == "auto"
 
 
+def test_another_thread_may_leave_the_block() -> None:
+    """A generator that yields within the block, against the documentation, does not fail where it is closed."""
+
+    def held():
+        with sparse_backend("stock"):
+            yield
+
+    generator = held()
+    next(generator)
+    closer = threading.Thread(target=generator.close)
+    closer.start()
+    closer.join()
+    assert generator.gi_frame is None
+    with sparse_backend("auto"):
+        assert attention._wanted() == "auto"
+
+
 def test_unknown_names_list_the_backends() -> None:
     with pytest.raises(ValueError, match=r"\['auto', 'stock', 'triton'\], got 'cuda'"), sparse_backend("cuda"):
         pass

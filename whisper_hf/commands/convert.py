@@ -9,6 +9,7 @@ example:
 
 import argparse
 
+from ..checkpoint_io import check_source
 from ..conversion import convert_checkpoint
 from ..model.configuration_whisper_lm import SparseAttentionConfig
 
@@ -39,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: a source or a setting that is refused, or a target that holds something.
         OSError: the source does not exist, or the target cannot be written.
     """
+    check_source(options.source)
     sparse_attention = SparseAttentionConfig(**{name: getattr(options, name) for name in SparseAttentionConfig.MINIMUM})
     convert_checkpoint(
         options.source,

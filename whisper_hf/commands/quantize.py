@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..checkpoint_io import check_source
 from ..quantization.quantized_checkpoint import REPORT, SAMPLE, quantize
 from ..quantization.recipes import RECIPES
 
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
         OSError: the source or the text does not exist, or the target cannot be written.
         ImportError: no bitsandbytes, where the recipe needs it.
     """
+    check_source(options.source)
     hub_kwargs = {"trust_remote_code": True} if options.trust_remote_code else {}
     text = options.text.read_text(encoding="utf-8") if options.text else SAMPLE
     report = quantize(

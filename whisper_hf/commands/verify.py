@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..model.checkpoint_integrity import find_file, intact_files, leads_out
+from ..checkpoint_io import check_source
+from ..model.checkpoint_integrity import find_checksums, find_file, intact_files, leads_out, refuse_garbled
 from ..model.checksums import CHECKSUMS, RENEW, RESTORE, digests, read_checksums
 
 
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("source", help="folder or Hub id of a checkpoint")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id (default: main)")
+    parser.add_argument("--subfolder", default="", help="folder within the source that holds the checkpoint")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,8 +31,9 @@ def run(options: argparse.Namespace) -> int:
         ValueError: a source without checksums, or with a file of checksums that is not one.
         OSError: the source does not exist.
     """
-    source, hub_kwargs = options.source, {"revision": options.revision}
-    sums = find_file(source, CHECKSUMS, **hub_kwargs)
+    source, hub_kwargs = options.source, {"revision": options.revision, "subfolder": options.subfolder}
+    check_source(source)
+    sums = find_checksums(source, **hub_kwargs)
     listed = read_checksums(sums) if sums else {}
     if not listed:
         raise ValueError(
@@ -60,12 +63,16 @@ def _state(name: str, expected: str, got: str | None) -> str:
 
 def _readable(source: str, verified: list[Path], hub_kwargs: dict) -> int:
     """Check headers and index of a checkpoint whose listed files are as they were saved, and return the exit status."""
+    listed = [path for path in verified if path.suffix == ".safetensors"]
+    beside = [path for folder in {path.parent for path in verified} for path in folder.glob("*.safetensors")]
     try:
-        weights = intact_files(source, **hub_kwargs)
+        weights = {*intact_files(source, **hub_kwargs), *beside}
+        for path in listed:
+            refuse_garbled(path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    unlisted = [file.name for file in weights if file not in verified]
+    unlisted = sorted(file.name for file in weights if file not in verified)
     if unlisted:
         print(f"{', '.join(unlisted)}: NOT LISTED in {CHECKSUMS}; {RESTORE}", file=sys.stderr)
         return 1

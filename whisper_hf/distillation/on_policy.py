@@ -21,7 +21,7 @@ def is_on_policy_step(fraction: float, seed: int, step: int) -> bool:
     """
     if not 0 < fraction < 1:
         return fraction >= 1
-    generator = torch.Generator().manual_seed(step_seed(seed, step))
+    generator = torch.Generator().manual_seed(step_seed(seed, step, "is on policy"))
     return torch.rand((), generator=generator).item() < fraction
 
 

@@ -222,7 +222,9 @@ class DistillationTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and is_on_policy_step(self.args.on_policy_fraction, self.args.seed, self.state.global_step):
             with torch.random.fork_rng():  # samples depend on the number of the step only, so resuming changes nothing
-                torch.manual_seed(step_seed(self.args.seed, self.state.global_step, self.args.process_index))
+                torch.manual_seed(
+                    step_seed(self.args.seed, self.state.global_step, "student's text", self.args.process_index)
+                )
                 batches = [self._write_batch(batch) for batch in batches]
             count = self._get_num_items_in_batch(batches, device)
         if count is not None and not count:

@@ -48,7 +48,8 @@ def sparse_backend(name: str) -> Iterator[None]:
     The choice holds for the calling thread and `asyncio` task alone. Run `backward` within the block, too: gradient
     checkpointing computes the forward pass again there. On a GPU that happens in a thread of PyTorch's own, which the
     choice does not reach, so that checkpointing and `"stock"` do not go together there. A compiled model keeps the
-    choice under which it was compiled.
+    choice under which it was compiled. A generator must not yield within the block, because whoever resumes it may do
+    so in another thread or task.
 
     Args:
         name (`str`): `"auto"`, the default, takes the Triton kernels for CUDA tensors where they apply, and stock
@@ -60,11 +61,12 @@ def sparse_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"the backends of masked_sparse attention are {list(BACKENDS)}, got {name!r}")
-    token = _wanted_backend.set(name)
+    previous = _wanted_backend.get()
+    _wanted_backend.set(name)
     try:
         yield
     finally:
-        _wanted_backend.reset(token)
+        _wanted_backend.set(previous)  # not `reset`, which raises where another thread or task leaves the block
 
 
 @torch.compiler.assume_constant_result

@@ -65,11 +65,17 @@ def masked_sparse_attention_reference(
         output (`[B, H, T, E]`) and attention weights (`[B, H, T, S]`, or `None`), in the dtype of `query`.
     """
     steps = _allowed_keys(query, key, attention_mask, settings, sliding_window)
-    if needs_weights:  # in one step, so that gradients flow through the weights that are returned
+    needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    if needs_weights and needs_grad:  # in one step, so that gradients flow through the weights that are returned
         allowed = torch.cat([allowed for _, allowed in steps], dim=2)
         return attention_reference(query, key, value, allowed, scaling)
-    outputs = [attention_reference(query[:, :, rows], key, value, allowed, scaling)[0] for rows, allowed in steps]
-    return torch.cat(outputs, dim=2), None
+    outputs, weights = [], []
+    for rows, allowed in steps:
+        output, weight = attention_reference(query[:, :, rows], key, value, allowed, scaling)
+        outputs.append(output)
+        if needs_weights:
+            weights.append(weight)
+    return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if needs_weights else None
 
 
 def _allowed_keys(

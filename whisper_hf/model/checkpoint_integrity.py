@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -161,9 +162,9 @@ def intact_files(
     else:
         return []
     for path, weights in files.items():
-        _refuse_garbled(path, weights)
+        refuse_garbled(path, weights)
     if verify_checksums:
-        sums = find_file(source, CHECKSUMS, **options)
+        sums = find_checksums(source, **options)
         if sums is None:
             raise ValueError(
                 f"verify_checksums=True needs a file {CHECKSUMS} beside the weights of {str(source)!r}, got none; "
@@ -187,6 +188,28 @@ def find_file(source: str | os.PathLike, name: str, **options: Any) -> Path | No
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
     found = cached_file(source, name, **quiet, **_hub_options(options))
     return None if found is None else Path(found)
+
+
+def find_checksums(source: str | os.PathLike, **options: Any) -> Path | None:
+    """Return the path of the `SHA256SUMS` of a folder or Hub id, downloaded if need be; `None` if there is none.
+
+    Args:
+        source: folder or Hub id.
+        options: options of `from_pretrained` that say where to look; other options are ignored.
+
+    Raises:
+        OSError: the folder or Hub id does not exist, or the file is not in the cache and the Hub is offline.
+    """
+    found = find_file(source, CHECKSUMS, **options)
+    if found is None and not Path(source).is_dir() and (is_offline_mode() or options.get("local_files_only")):
+        folder, revision = options.get("subfolder") or "", options.get("revision")
+        name, where = str(Path(folder, CHECKSUMS)), {"cache_dir": options.get("cache_dir"), "revision": revision}
+        if try_to_load_from_cache(str(source), name, **where) is None:
+            raise OSError(
+                f"{str(source)!r} is not a folder, and its {CHECKSUMS} is not in the cache of the Hub, which cannot be "
+                "asked offline; correct the name, or go online (HF_HUB_OFFLINE=0, without local_files_only)"
+            )
+    return found
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -224,11 +247,11 @@ def _shards(source: str | os.PathLike, names: list[str], where: dict[str, Any]) 
     return [Path(path) for path in cached_files(source, names, **where) or ()]
 
 
-def _refuse_garbled(path: Path, weights: set[str]) -> None:
+def refuse_garbled(path: Path, weights: Iterable[str] = ()) -> None:
     """Refuse a file that safetensors cannot read, or that lacks weights."""
     try:
         with safe_open(path, framework="pt") as opened:
-            missing = sorted(weights - set(opened.keys()))
+            missing = sorted(set(weights) - set(opened.keys()))
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} must be a whole safetensors file, got: {error}; {AGAIN}") from error
     if missing:

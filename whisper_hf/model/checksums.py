@@ -40,11 +40,15 @@ def write_checksums(folder: str | os.PathLike, patterns: Iterable[str] = WEIGHT_
 def read_checksums(sums: Path) -> dict[str, str]:
     """Return the names of the files in a `SHA256SUMS`, each with its digest of 64 hexadecimal digits.
 
+    Empty lines and lines that begin with `#` are skipped.
+
     Raises:
         ValueError: a line that is not a digest, two spaces (or a space and `*`, for binary mode) and a name.
     """
     listed = {}
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in sums.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
         digest, mode, name = line[:64].lower(), line[64:66], line[66:]
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef") or mode not in ("  ", " *") or not name:
             raise ValueError(

@@ -155,7 +155,7 @@ class DiversityCallback(TrainerCallback):
             # batch of its own repeats the last batch.
             number = min(first + trainer.accelerator.process_index % shares, len(batches) - 1)
             prompts = torch.tensor(batches[number], device=trainer.accelerator.device)
-            torch.manual_seed(step_seed(trainer.args.seed, step, number))
+            torch.manual_seed(step_seed(trainer.args.seed, step, "monitor", number))
             rows = model.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),

@@ -134,7 +134,7 @@ class SequenceUnlikelihoodCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide whether this step has a penalty, and seed the choice of its prefixes."""
         self._is_due = state.global_step % self.every == 0
-        self._generator.manual_seed(step_seed(args.seed, state.global_step, args.process_index))
+        self._generator.manual_seed(step_seed(args.seed, state.global_step, "prefixes", args.process_index))
 
     def on_log(
         self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any

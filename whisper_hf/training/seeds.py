@@ -1,9 +1,19 @@
-"""A seed for each optimizer step, so that the random choices of a step do not depend on where training resumed."""
+"""Seeds of what is random in an optimizer step: they depend on the step, not on where the training was resumed."""
+
+import hashlib
 
 
-def step_seed(seed: int, step: int, part: int = 0) -> int:
-    """Combine a seed, an optimizer step and a part of it, such as a process or a batch, into a new seed.
+def step_seed(seed: int, step: int, purpose: str, part: int = 0) -> int:
+    """Hash a training's seed, an optimizer step and a purpose to one seed for a random generator.
 
-    `(seed * 1_000_003 + step) * 1009 + part`: seeds differ for all steps below 1,000,003 and all parts below 1,009.
+    Args:
+        seed: the seed of the training.
+        step: the number of the optimizer step.
+        purpose: what is drawn; two purposes have unrelated seeds in the same step.
+        part: a part of the step, such as the index of a process or of a batch.
+
+    Returns:
+        an integer of 63 bits.
     """
-    return (seed * 1_000_003 + step) * 1009 + part
+    digest = hashlib.blake2b(f"{seed} {step} {purpose} {part}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
