@@ -101,7 +101,7 @@ def test_triton_matches_reference_in_every_layout(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "value_dim", "queries"),  # in three tiles, two tiles and eleven tiles
+    ("heads", "kv_heads", "head_dim", "value_dim", "queries"),  # 2, 2 and 11 tiles of queries
     [(1, 1, 64, 64, 90), (6, 2, 24, 40, 29), (16, 1, 16, 128, 21)],
 )
 def test_triton_matches_reference_in_every_head_shape(
