@@ -1,8 +1,10 @@
 """`DistillationTrainer`: all that the stock Trainer does, with students and teachers of several kinds."""
 
 import copy
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ TERMS = {"cross_entropy_weight": 0.3, "temperature": 2.0}
 DIVERSE = {"diversity_weight": 0.5, "divergence": {"forward_kl": 0.5, "reverse_kl": 0.5}}
 GREEDY_ON_POLICY = {"on_policy_fraction": 1.0, "on_policy_temperature": 0.0, "on_policy_max_new_tokens": 8}
 STATES = {"hidden_states_weight": 0.1, "attention_outputs_weight": 0.1}
-KINDS = {"fixed": TERMS, "on-policy": GREEDY_ON_POLICY, "states": STATES, "diverse": DIVERSE}
+KINDS = {"fixed": TERMS, "on-policy": GREEDY_ON_POLICY, "states": {**TERMS, **STATES}, "diverse": DIVERSE}
 
 
 def student_model() -> PreTrainedModel:
@@ -113,6 +115,18 @@ def train(dataset: Dataset, folder: Path, *args: Any, **options: Any) -> Distill
     trainer = trainer_of(dataset, folder, *args, **options)
     trainer.train()
     return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DistillationTrainer]:
+    """A function that trains with a kind of loss on whole batches, once for all tests that compare with it."""
+
+    @functools.cache
+    def train_on_whole_batches(kind: str) -> DistillationTrainer:
+        set_seed(0)
+        return train(dataset, tmp_path_factory.mktemp(kind), **KINDS[kind])
+
+    return train_on_whole_batches
 
 
 def logged(trainer: Trainer, *names: str) -> Tensor:
@@ -200,15 +214,12 @@ def test_no_tensor_is_as_large_as_the_logits(dataset, tmp_path) -> None:
     assert Largest.size <= max(weights, 16 * VOCABULARY)
 
 
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (1, 8)])
-def test_accumulation_changes_nothing(options, batch_size, accumulation, dataset, tmp_path) -> None:
+def test_accumulation_changes_nothing(kind, batch_size, accumulation, dataset, trained, tmp_path) -> None:
     """Although micro-batches hold from 2 to 117 tokens."""
-    results = []
-    for size, steps in ((8, 1), (batch_size, accumulation)):
-        options = {**options, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        set_seed(5)
-        results.append(train(dataset, tmp_path, **options))
+    parts = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    results = [trained(kind), train(dataset, tmp_path, **KINDS[kind], **parts)]
     assert_same_training(*results)
     terms = [
         name
@@ -326,14 +337,13 @@ def test_teacher_and_projections_are_no_part_of_what_is_saved(dataset, tmp_path)
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
 
 
-@pytest.mark.parametrize("states", [{}, STATES], ids=["logits", "states"])
-def test_gradient_checkpointing_changes_nothing(states, dataset, tmp_path) -> None:
-    results = [train(dataset, tmp_path, gradient_checkpointing=flag, **TERMS, **states) for flag in (False, True)]
-    assert_same_training(*results)
+@pytest.mark.parametrize("kind", ["fixed", "states"])
+def test_gradient_checkpointing_changes_nothing(kind, dataset, trained, tmp_path) -> None:
+    assert_same_training(trained(kind), train(dataset, tmp_path, gradient_checkpointing=True, **KINDS[kind]))
 
 
-def test_bf16_stays_close(dataset, tmp_path) -> None:
-    full, half = (train(dataset, tmp_path, bf16=flag, **TERMS) for flag in (False, True))
+def test_bf16_stays_close(dataset, trained, tmp_path) -> None:
+    full, half = trained("fixed"), train(dataset, tmp_path, bf16=True, **TERMS)
     torch.testing.assert_close(logged(half, "loss"), logged(full, "loss"), rtol=0.02, atol=0.02)
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
 
@@ -354,18 +364,17 @@ def test_compiled_student_equals_eager(dataset, tmp_path) -> None:
     assert_same_training(eager, compiled)
 
 
-def test_packed_documents_equal_padded_ones(dataset, tmp_path) -> None:
-    padded = train(dataset, tmp_path, **TERMS)
+def test_packed_documents_equal_padded_ones(dataset, trained, tmp_path) -> None:
     packed = train(dataset, tmp_path, data_collator=DataCollatorWithFlattening(), **TERMS)
-    assert_same_training(padded, packed)
+    assert_same_training(trained("fixed"), packed)
 
 
-def test_other_label_names_are_honoured(dataset, tmp_path) -> None:
+def test_other_label_names_are_honoured(dataset, trained, tmp_path) -> None:
     def rename(examples: list) -> dict:
         batch = pad([{"input_ids": e["input_ids"], "labels": e["targets"]} for e in examples])
         return {("targets" if k == "labels" else k): v for k, v in batch.items()}
 
-    expected = train(dataset, tmp_path, **TERMS)
+    expected = trained("fixed")
     renamed = dataset.rename_column("labels", "targets")
     options = {"label_names": ["targets"], "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     found = train(renamed, tmp_path, data_collator=rename, **options, **TERMS)

@@ -1,4 +1,4 @@
-"""lm-eval on a saved model, in fresh processes: its numbers are those of the sparse model, computed here."""
+"""lm-eval on a saved model, in processes of its own: its numbers are those of the sparse model, computed here."""
 
 import json
 import math
@@ -20,8 +20,28 @@ TASKS = ROOT / "examples" / "lm_eval"
 WINDOW, ITEMS = 256, 3  # tokens, several times the budget; documents of each task
 
 RUN = ["run", "--model", "hf", "--device", "cpu", "--batch_size", "4", "--limit", str(ITEMS)]
-# a process in which the package cannot be imported: the model comes with its code
-WITHOUT = "import sys; sys.modules['whisper_hf'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+# One process imports lm-eval and forks two. In the second one the package cannot be imported: the model comes with its
+# code.
+FORK = """
+import functools, json, os, runpy, sys
+import lm_eval.__main__, lm_eval.evaluator, lm_eval.models.huggingface
+from lm_eval.tasks import TaskManager
+
+# lm-eval would read the 14,000 files of its own tasks
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+assert "whisper_hf" not in sys.modules
+with_package, without = json.loads(sys.argv[1])
+if os.fork() == 0:
+    sys.argv = ["whisper_hf", "lm-eval", *with_package]
+    runpy.run_module("whisper_hf", run_name="__main__", alter_sys=True)
+    sys.exit()
+if os.fork() == 0:
+    sys.modules["whisper_hf"] = None
+    sys.argv = ["lm_eval", *without]
+    lm_eval.__main__.cli_evaluate()
+    sys.exit()
+sys.exit(any([os.wait()[1] for _ in range(2)]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +53,22 @@ def folder(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluate(command: list[str], output: Path) -> dict:
-    """Run lm-eval and return its results, with the samples of each task."""
+@pytest.fixture(scope="module")
+def evaluated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What lm-eval writes, with the samples of each task: by our command, and by its own without our package."""
+    outputs = {name: tmp_path_factory.mktemp(name) for name in ("with", "without")}
+    tasks = {"with": [str(TASKS)], "without": [str(TASKS / "novel_perplexity.yaml"), "--trust_remote_code"]}
+    model = ["--model_args", f"pretrained={folder},max_length={WINDOW}", "--log_samples"]
+    arguments = [[*RUN, *model, "--output_path", str(outputs[name]), "--tasks", *tasks[name]] for name in outputs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *command, "--output_path", str(output), "--log_samples"]
+    command = [sys.executable, "-c", FORK, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return {name: read(output) for name, output in outputs.items()}
+
+
+def read(output: Path) -> dict:
+    """Return the results in a folder, with the samples of each task."""
     results = json.loads(next(output.rglob("results_*.json")).read_text())["results"]
     for name, result in results.items():
         lines = next(output.rglob(f"samples_{name}_*.jsonl")).read_text().splitlines()
@@ -75,9 +105,8 @@ def expected(folder: Path, tokenizer, encoded: list[list[int]]) -> list[float]:
     return [text_log_likelihood(model, ids, tokenizer.bos_token_id) for ids in encoded]
 
 
-def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, encoded, expected, tmp_path) -> None:
-    command = ["-m", "whisper_hf", "lm-eval", *RUN, "--tasks", str(TASKS)]
-    results = evaluate([*command, "--model_args", f"pretrained={folder},max_length={WINDOW}"], tmp_path)
+def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, encoded, expected, evaluated) -> None:
+    results = evaluated["with"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     dense = tiny_model(layer_types=["full_attention"] * 2)
 
@@ -105,10 +134,8 @@ def test_numbers_are_those_of_the_sparse_model(folder: Path, tokenizer, encoded,
     assert continuation["acc,none"] == pytest.approx(right / ITEMS)
 
 
-def test_the_code_in_the_checkpoint_gives_the_same_numbers(folder: Path, expected, tmp_path) -> None:
-    command = ["-c", WITHOUT, *RUN, "--trust_remote_code", "--tasks", str(TASKS / "novel_perplexity.yaml")]
-    results = evaluate([*command, "--model_args", f"pretrained={folder},max_length={WINDOW}"], tmp_path)
-    got = [float(sample["filtered_resps"][0]) for sample in results["novel_perplexity"]["samples"]]
+def test_the_code_in_the_checkpoint_gives_the_same_numbers(expected, evaluated) -> None:
+    got = [float(sample["filtered_resps"][0]) for sample in evaluated["without"]["novel_perplexity"]["samples"]]
     assert got == pytest.approx(expected, rel=1e-4)
 
 

@@ -28,7 +28,7 @@ from whisper_hf.model import (
     sparse_selection,
     triton_decode,
 )
-from whisper_hf.model.attention_reference import attention_reference
+from whisper_hf.model.attention_reference import masked_sparse_attention_reference
 from whisper_hf.model.sparse_selection import content_layout, query_slots, selected_keys, visible_keys
 
 from .draw_cases import Case
@@ -174,7 +174,7 @@ def check(case: Case) -> None:
     allowed = visible
     if case.sliding_window is None:
         allowed = selected_keys(states[0], states[1], visible, case.settings)
-    exact, bounds = truth(case, states, allowed)
+    exact, bounds = truth(case, states, layout, allowed)
     with counted_calls(case.tile):
         output = attend(case, *states, layout)
         got = [output, *torch.autograd.grad(output, states, _upstream(case).to(output.dtype))]
@@ -203,17 +203,20 @@ def _upstream(case: Case) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(case.seed + 1))
 
 
-def truth(case: Case, states: list[Tensor], allowed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def truth(
+    case: Case, states: list[Tensor], layout: Tensor | None, allowed: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return output and gradients of query, key and value in float64, and bounds on the effect of rounding on each.
 
     Rounding changes a weight by a share of it, which grows with the logit unless the logit is exact. It changes the
     gradient of a logit by the same share of the sizes of its terms. Half precision also rounds weights and the saved
     output, and in PyTorch's own attention the logits. The smallest weights count with the value to which they are
-    clamped.
+    clamped. `allowed` (`[B or 1, 1 or K, T, S]`, bool) says which keys have a weight.
     """
     exact = [tensor.detach().double().requires_grad_() for tensor in states]
     upstream = _upstream(case)
-    output, weights = attention_reference(*exact, allowed, case.scaling)
+    settings = case.settings if case.sliding_window is None else None
+    output, weights = masked_sparse_attention_reference(*exact, layout, case.scaling, settings, case.sliding_window)
     results = [output, *torch.autograd.grad(output, exact, upstream)]
     with torch.no_grad():
         query, key, value = (tensor.abs() for tensor in exact)

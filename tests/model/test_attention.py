@@ -1,5 +1,7 @@
 """The attention functions: exact in value and gradient, dense where the budget covers, loud where they cannot."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import (
@@ -23,6 +25,7 @@ from whisper_hf.model.attention_reference import eager_attention_forward, masked
 from whisper_hf.model.configuration_whisper_lm import SparseAttentionConfig
 
 from ..conftest import LENGTH, SIZES, SPARSE, VOCABULARY, tiny_model, tokens
+from ..helpers.attention_cases import attention_inputs
 
 BACKENDS = ["eager", "sdpa", "masked_sparse"]
 WHERE_SELECTED = {
@@ -32,10 +35,7 @@ WHERE_SELECTED = {
 }
 
 
-def attention_inputs(dtype: torch.dtype = torch.float32, length: int = LENGTH) -> list[torch.Tensor]:
-    """Return query `[2, 4, length, 16]`, key and value `[2, 2, length, 16]`, leaves of the graph."""
-    shapes = [(2, 4, length, 16), (2, 2, length, 16), (2, 2, length, 16)]
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+inputs_of = partial(attention_inputs, head_dim=16, queries=LENGTH, keys=LENGTH)
 
 
 def module_with(settings: dict | None = SPARSE, **attributes: object) -> torch.nn.Module:
@@ -52,7 +52,7 @@ def module_with(settings: dict | None = SPARSE, **attributes: object) -> torch.n
 @pytest.mark.parametrize("padded", [False, True])
 def test_backend_matches_reference_in_value_and_gradient(backend: str, padded: bool) -> None:
     """Every backend's error against float64 is no worse than three times that of SDPA on the same inputs."""
-    inputs = attention_inputs()
+    inputs = inputs_of()
     shown = torch.ones(2, LENGTH, dtype=torch.bool)
     shown[0, : 29 if padded else 0] = False
     layout = attention_masks.masked_sparse_mask(2, LENGTH, LENGTH, attention_mask=shown)
@@ -97,7 +97,7 @@ def test_model_gives_the_same_logits_and_gradients_on_every_backend(backend: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    inputs = attention_inputs(dtype)
+    inputs = inputs_of(dtype=dtype)
     output, _ = masked_sparse_attention_forward(module_with(), *inputs, None, scaling=0.25)
     exact, _ = masked_sparse_attention_forward(module_with(), *(t.double() for t in inputs), None, scaling=0.25)
     assert output.dtype == dtype
@@ -117,7 +117,7 @@ def test_covering_budget_is_plain_sdpa_without_selection(backend: str, count_cal
 
 
 def test_rows_without_any_visible_key_are_zero_and_have_no_gradient() -> None:
-    inputs = attention_inputs()
+    inputs = inputs_of()
     shown = torch.zeros(2, LENGTH, dtype=torch.bool)
     shown[1] = True
     layout = attention_masks.masked_sparse_mask(2, LENGTH, LENGTH, attention_mask=shown)
@@ -131,7 +131,7 @@ def test_rows_without_any_visible_key_are_zero_and_have_no_gradient() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e3, 1e18])
 def test_adversarial_magnitudes_stay_finite(scale: float) -> None:
-    query, key, value = (tensor.detach() for tensor in attention_inputs())
+    query, key, value = (tensor.detach() for tensor in inputs_of())
     key[:, :, 20] *= 120
     output, _ = masked_sparse_attention_forward(module_with(), query * scale, key, value, None, scaling=0.25)
     assert output.isfinite().all()

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from whisper_hf.model import attention, attention_blockwise, attention_gathered, attention_masks, blockwise_products
-from whisper_hf.model.attention_reference import attention_reference, masked_sparse_attention_reference
+from whisper_hf.model.attention_reference import attention_reference
 from whisper_hf.model.configuration_whisper_lm import SparseAttentionConfig
-from whisper_hf.model.sparse_selection import content_layout
 
 from ..conftest import LENGTH, tiny_model, tokens
+from ..helpers.attention_cases import LAYOUTS, attend_by_reference, attention_inputs, layout_of
 
 SETTINGS = SparseAttentionConfig(block_size=16, topk_blocks=2, local_blocks=2, sink_blocks=1)
 
@@ -25,47 +25,11 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def inputs(
-    heads: int = 4, kv_heads: int = 2, head_dim: int = 32, queries: int = 203, keys: int = 203, dtype=torch.float32
-) -> list[Tensor]:
-    """Return query, key and value of two rows, leaves of the graph."""
-    shapes = [(2, heads, queries, head_dim), (2, kv_heads, keys, head_dim), (2, kv_heads, keys, head_dim)]
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def layout_of(name: str, length: int = 203) -> Tensor | None:
-    """Return the layout of two rows that differ."""
-    shown, starts = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, length, dtype=torch.bool)
-    if name == "none":
-        return None
-    if name == "left":
-        shown[0, :37] = False
-    elif name == "right":
-        shown[1, -37:] = False
-    elif name == "holes":
-        shown = torch.rand(2, length) > 0.3
-    elif name == "packed":
-        starts[0, [23, 24, 140]], starts[1, 100] = True, True
-    elif name == "packed with holes":
-        starts[:, [50, 120]] = True
-        shown = torch.rand(2, length) > 0.2
-    elif name == "all hidden":
-        shown[0] = False
-    elif name == "one token":
-        shown[0, 1:] = False
-    return content_layout(shown, starts, length)
-
-
-def reference(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, scaling: float, settings) -> Tensor:
-    """Attend by the oracle."""
-    return masked_sparse_attention_reference(query, key, value, layout, scaling, settings)[0]
-
-
 def assert_same(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None, settings=SETTINGS, **close) -> None:
     """Compare output (with and without gradients) and gradients of the fast path with the reference's."""
     upstream, scaling = torch.randn_like(query), query.shape[-1] ** -0.5
     results = []
-    for forward in (attention_blockwise.attention_blockwise, reference):
+    for forward in (attention_blockwise.attention_blockwise, attend_by_reference):
         output = forward(query, key, value, layout, scaling, settings)
         results.append([output, *torch.autograd.grad(output, (query, key, value), upstream)])
     for name, got, expected in zip("oqkv", *results, strict=True):
@@ -76,20 +40,17 @@ def assert_same(query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None
     torch.testing.assert_close(got, results[1][0], **close)
 
 
-LAYOUTS = ["none", "left", "right", "holes", "packed", "packed with holes", "all hidden", "one token"]
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_blockwise_matches_reference_in_every_layout(name: str, dtype: torch.dtype) -> None:
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
-    assert_same(*inputs(dtype=dtype), layout_of(name), **close)
+    assert_same(*attention_inputs(dtype=dtype), layout_of(name), **close)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_blockwise_matches_reference_in_every_head_shape(heads: int, kv_heads: int, head_dim: int) -> None:
-    assert_same(*inputs(heads, kv_heads, head_dim), None, rtol=1e-4, atol=2e-5)
+    assert_same(*attention_inputs(heads, kv_heads, head_dim), None, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])
@@ -100,7 +61,7 @@ def test_blockwise_matches_reference_at_every_budget(
 ) -> None:
     settings = SparseAttentionConfig(block_size, topk, local, sink)
     assert not settings.covers(length)
-    assert_same(*inputs(queries=length, keys=length), None, settings, rtol=1e-4, atol=2e-5)
+    assert_same(*attention_inputs(queries=length, keys=length), None, settings, rtol=1e-4, atol=2e-5)
 
 
 def test_the_covered_beginning_is_left_to_fused_attention_only_in_short_sequences_without_gradients(
@@ -108,7 +69,7 @@ def test_the_covered_beginning_is_left_to_fused_attention_only_in_short_sequence
 ) -> None:
     dense = count_calls(attention_blockwise, "sdpa")
     for length, expected in ((81, 1), (320, 1), (321, 0)):  # the budget is 80 tokens
-        tensors = inputs(queries=length, keys=length)
+        tensors = attention_inputs(queries=length, keys=length)
         attention_blockwise.attention_blockwise(*tensors, None, 0.2, SETTINGS)
         assert not dense
         with torch.no_grad():
@@ -119,12 +80,12 @@ def test_the_covered_beginning_is_left_to_fused_attention_only_in_short_sequence
 
 @pytest.mark.parametrize("queries", [1, 2, 40, 43, 107, 202])
 def test_blockwise_matches_reference_behind_a_cache(queries: int) -> None:
-    assert_same(*inputs(queries=queries), None, rtol=1e-4, atol=1e-5)
+    assert_same(*attention_inputs(queries=queries), None, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_error_is_no_worse_than_that_of_sdpa(dtype: torch.dtype) -> None:
-    query, key, value = inputs(dtype=dtype)
+    query, key, value = attention_inputs(dtype=dtype)
     mask = attention_masks.explicit_mask(query, key, None, SETTINGS)
     repeated = [states.repeat_interleave(2, dim=1) for states in (key, value)]
     plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
@@ -136,7 +97,7 @@ def test_half_precision_error_is_no_worse_than_that_of_sdpa(dtype: torch.dtype) 
 
 def test_float32_error_is_at_most_one_and_a_half_times_that_of_sdpa() -> None:
     settings = SparseAttentionConfig(64, 8, 4, 1)
-    query, key, value = (tensor.detach() for tensor in inputs(8, 2, 64, 2048, 2048))
+    query, key, value = (tensor.detach() for tensor in attention_inputs(8, 2, 64, 2048, 2048))
     mask = attention_masks.explicit_mask(query, key, None, settings)
     repeated = [states.repeat_interleave(4, dim=1) for states in (key, value)]
     plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
@@ -150,7 +111,7 @@ def test_float32_error_is_at_most_one_and_a_half_times_that_of_sdpa() -> None:
 
 def test_far_keys_that_tower_above_the_local_ones() -> None:
     """Logits 120 and more above the local ones would overflow the exponential against a local reference."""
-    query, key, value = (tensor.detach() for tensor in inputs())
+    query, key, value = (tensor.detach() for tensor in attention_inputs())
     direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
     query += 12 * direction
     for slot, height in ((20, 60.0), (70, 90.0), (71, 91.0), (100, 300.0)):
@@ -162,7 +123,7 @@ def test_far_keys_that_tower_above_the_local_ones() -> None:
 
 def test_what_almost_overflowed_is_forgotten_beside_much_larger_logits() -> None:
     """Local logits are 0, then one of 55, for which the reference stays, then one of 300."""
-    query, key, value = (tensor.detach() for tensor in inputs(dtype=torch.float64))
+    query, key, value = (tensor.detach() for tensor in attention_inputs(dtype=torch.float64))
     query.fill_(1.0)
     key.zero_()
     key[:, :, 100], key[:, :, 50] = 55 / 32, 300 / 32
@@ -173,7 +134,7 @@ def test_what_almost_overflowed_is_forgotten_beside_much_larger_logits() -> None
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, -3.0])
 def test_equal_keys_tie_everywhere(fill: float) -> None:
-    query, key, value = inputs()
+    query, key, value = attention_inputs()
     with torch.no_grad():
         key.fill_(fill)
     assert_same(query, key, value, None, rtol=1e-4, atol=1e-5)
@@ -181,7 +142,7 @@ def test_equal_keys_tie_everywhere(fill: float) -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e3, 1e15])
 def test_tiny_and_huge_norms(scale: float) -> None:
-    query, key, value = (tensor.detach() for tensor in inputs(dtype=torch.float64))
+    query, key, value = (tensor.detach() for tensor in attention_inputs(dtype=torch.float64))
     close = {"rtol": 1e-6, "atol": 1e-9 * max(scale, 1.0)}  # in float64, for rounding grows with the logits
     assert_same(*(t.requires_grad_() for t in (query * scale, key, value)), None, **close)
     query, key, value = (tensor.float().requires_grad_() for tensor in (query * scale, key, value))
@@ -191,7 +152,7 @@ def test_tiny_and_huge_norms(scale: float) -> None:
 
 def test_reference_is_raised_only_where_needed(count_calls) -> None:
     raised = count_calls(blockwise_products, "_raise_reference")
-    query, key, value = (tensor.detach() for tensor in inputs())
+    query, key, value = (tensor.detach() for tensor in attention_inputs())
     attention_blockwise.attention_blockwise(query, key, value, None, 0.2, SETTINGS)
     assert not raised
     attention_blockwise.attention_blockwise(query * 50, key, value, None, 0.2, SETTINGS)
@@ -199,7 +160,7 @@ def test_reference_is_raised_only_where_needed(count_calls) -> None:
 
 
 def test_second_derivative_is_refused() -> None:
-    query, key, value = inputs()
+    query, key, value = attention_inputs()
     output = attention_blockwise.attention_blockwise(query, key, value, None, 0.2, SETTINGS)
     gradient = torch.autograd.grad(output.sum(), query, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="autograd"):
@@ -207,7 +168,7 @@ def test_second_derivative_is_refused() -> None:
 
 
 def test_autocast_changes_nothing_inside() -> None:
-    query, key, value = (tensor.detach() for tensor in inputs())
+    query, key, value = (tensor.detach() for tensor in attention_inputs())
     expected = attention_blockwise.attention_blockwise(query, key, value, None, 0.2, SETTINGS)
     with torch.autocast("cpu", torch.bfloat16):
         got = attention_blockwise.attention_blockwise(query, key, value, None, 0.2, SETTINGS)
@@ -221,10 +182,10 @@ def test_autocast_changes_nothing_inside() -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_decode_matches_reference_in_every_layout(name: str) -> None:
-    query, key, value = inputs(queries=1)
+    query, key, value = attention_inputs(queries=1)
     layout = layout_of(name)
     results = []
-    for forward in (attention_gathered.attention_gathered, reference):
+    for forward in (attention_gathered.attention_gathered, attend_by_reference):
         output = forward(query, key, value, layout, 0.2, SETTINGS)
         results.append([output, *torch.autograd.grad(output.sum(), (query, key, value))])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -233,28 +194,28 @@ def test_decode_matches_reference_in_every_layout(name: str) -> None:
 @pytest.mark.parametrize("settings", [SETTINGS, SparseAttentionConfig(16, 0, 1, 0), SparseAttentionConfig(16, 3, 1, 2)])
 @pytest.mark.parametrize("queries", [1, 5])
 def test_decode_matches_reference_at_every_budget(settings: SparseAttentionConfig, queries: int) -> None:
-    query, key, value = inputs(queries=queries)
+    query, key, value = attention_inputs(queries=queries)
     got = attention_gathered.attention_gathered(query, key, value, None, 0.2, settings)
-    torch.testing.assert_close(got, reference(query, key, value, None, 0.2, settings), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, attend_by_reference(query, key, value, None, 0.2, settings), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [0, 16, 64])
 def test_decode_matches_reference_on_a_view_of_a_larger_buffer(offset: int) -> None:
     """Whole blocks are taken from a buffer only where its memory holds them all."""
-    query, key, value = (tensor.detach() for tensor in inputs(queries=1, keys=192))
+    query, key, value = (tensor.detach() for tensor in attention_inputs(queries=1, keys=192))
     views = []
     for states in (key, value):
         buffer = torch.full((2, 2, 256, 32), float("nan"))
         buffer[:, :, offset : offset + 192] = states
         views.append(buffer[:, :, offset : offset + 187])
     got = attention_gathered.attention_gathered(query, *views, None, 0.2, SETTINGS)
-    expected = reference(query, key[:, :, :187], value[:, :, :187], None, 0.2, SETTINGS)
+    expected = attend_by_reference(query, key[:, :, :187], value[:, :, :187], None, 0.2, SETTINGS)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_decode_reads_only_chosen_blocks_and_summaries() -> None:
     """What is not chosen may be anything: with cached means, it is never touched."""
-    query, key, value = (tensor.detach() for tensor in inputs(queries=1))
+    query, key, value = (tensor.detach() for tensor in attention_inputs(queries=1))
     means = attention_gathered.mean_blocks(key, None, 16)
     expected = attention_gathered.attention_gathered(query, key, value, None, 0.2, SETTINGS, means)
     allowed = attention_masks.explicit_mask(query, key, None, SETTINGS)[:, ::2, 0]  # [B, K, S]

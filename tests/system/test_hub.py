@@ -92,20 +92,19 @@ def push(source: str, repo_id: str, tokenizer: bool = True, **options: Any) -> N
         AutoTokenizer.from_pretrained(source).push_to_hub(repo_id, **options)
 
 
-def pull(repo_id: str, ids: list[list[int]], **options: Any) -> dict[str, Any]:
-    """Load a model and run it, as it is and densely (in a client)."""
+def pull(repo_id: str, ids: list[list[int]], densely: bool = False, **options: Any) -> dict[str, Any]:
+    """Load a model and run it as it is, and if asked also with dense layers (in a client)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(repo_id, **options)
-    dense = AutoModelForCausalLM.from_pretrained(repo_id, layer_types=["full_attention"] * 2, **options)
+    found = {"module": type(model).__module__.split(".")[0], "generation": model.generation_config.to_diff_dict()}
+    models = {"logits": model}
+    if densely:
+        dense_layers = {"layer_types": ["full_attention"] * 2}
+        models["dense"] = AutoModelForCausalLM.from_pretrained(repo_id, **dense_layers, **options)
     with torch.no_grad():
-        return {
-            "logits": model(torch.tensor(ids)).logits.tolist(),
-            "dense": dense(torch.tensor(ids)).logits.tolist(),
-            "module": type(model).__module__.split(".")[0],
-            "generation": model.generation_config.to_diff_dict(),
-        }
+        return found | {name: model(torch.tensor(ids)).logits.tolist() for name, model in models.items()}
 
 
 @torch.no_grad()
@@ -121,8 +120,8 @@ def differ(some: list[Any], others: list[Any]) -> bool:
 def test_a_pushed_model_is_itself_again(hub, alice, stranger, pushed, folder) -> None:
     assert {WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= hub.names(pushed)
     assert isinstance(hub.repos[pushed].files("main")[WEIGHTS], LargeFile)
-    mine = alice.run(pull, repo_id=pushed, ids=IDS)
-    theirs = stranger.run(pull, repo_id=pushed, ids=IDS, trust_remote_code=True)
+    mine = alice.run(pull, repo_id=pushed, ids=IDS, densely=True)
+    theirs = stranger.run(pull, repo_id=pushed, ids=IDS, densely=True, trust_remote_code=True)
     assert (mine["module"], theirs["module"]) == ("whisper_hf", "transformers_modules")
     for got in (mine, theirs):
         assert got["logits"] == expected(folder)
@@ -270,7 +269,7 @@ def test_a_quantized_model_comes_back(alice, stranger, tmp_path, tokenizer, reci
     repo_id = f"alice/{recipe}"
     logits = alice.run(push_quantized, source=str(source), repo_id=repo_id, recipe=recipe, ids=IDS)
     assert logits != expected(source)
-    got = alice.run(pull, repo_id=repo_id, ids=IDS)
+    got = alice.run(pull, repo_id=repo_id, ids=IDS, densely=True)
     assert got["logits"] == logits
     assert differ(logits, got["dense"])
     if recipe == "int8-cpu":  # its layers are the plugin's
@@ -307,7 +306,7 @@ def test_the_stock_trainer_pushes(hub, alice, stranger, folder, tmp_path) -> Non
     trained = alice.run(train, source=str(folder), output=str(tmp_path), repo_id="alice/trained", ids=IDS)
     assert differ(trained, expected(folder))
     assert {WEIGHTS, "training_args.bin", "tokenizer.json", "README.md"} <= hub.names("alice/trained")
-    got = stranger.run(pull, repo_id="alice/trained", ids=IDS, trust_remote_code=True)
+    got = stranger.run(pull, repo_id="alice/trained", ids=IDS, densely=True, trust_remote_code=True)
     assert got["logits"] == trained
     assert differ(trained, got["dense"])
 

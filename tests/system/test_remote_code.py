@@ -15,7 +15,7 @@ import whisper_hf
 from ..conftest import ROOT, tiny_model, tokens
 
 WITHOUT_PLUGIN = """
-import sys, torch
+import os, sys, torch
 
 class Refuse:
     def find_spec(self, name, *_):
@@ -23,9 +23,16 @@ class Refuse:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Refuse())
+import transformers.generation, transformers.models.qwen3.modeling_qwen3
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-folder, ids, out = sys.argv[1], torch.load(sys.argv[2]), sys.argv[3]
+folder, ids = sys.argv[1], torch.load(sys.argv[2])
+for out in sys.argv[3:]:  # a process for each
+    if os.fork() == 0:
+        break
+else:
+    sys.exit(any([os.wait()[1] for _ in sys.argv[3:]]))
+os.chdir(out if out.endswith("elsewhere") else os.environ["REPOSITORY"])  # sys.path begins with the working directory
 trusted = {"trust_remote_code": True}
 model = AutoModelForCausalLM.from_pretrained(folder, **trusted)
 dense = AutoModelForCausalLM.from_pretrained(folder, layer_types=["full_attention"] * 2, **trusted)
@@ -49,19 +56,34 @@ torch.save({
 """
 
 
-@pytest.mark.parametrize("from_folder_of_package", [False, True], ids=["elsewhere", "in the repository"])
-def test_remote_code_without_the_plugin(tmp_path: Path, from_folder_of_package: bool) -> None:
-    model, ids = tiny_model(), tokens()
-    model.save_pretrained(tmp_path / "my-model v1.0+é")  # operators are named after the folder
-    torch.save(ids, tmp_path / "ids.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    arguments = [str(tmp_path / "my-model v1.0+é"), str(tmp_path / "ids.pt"), str(tmp_path)]
-    where = ROOT if from_folder_of_package else tmp_path
+PLACES = ["elsewhere", "in the repository"]  # working directories
+
+
+@pytest.fixture(scope="module")
+def without_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of a process in each place in which the plugin cannot be imported."""
+    folder = tmp_path_factory.mktemp("without")
+    tiny_model().save_pretrained(folder / "my-model v1.0+é")  # operators are named after the folder
+    torch.save(tokens(), folder / "ids.pt")
+    for place in PLACES:
+        (folder / place).mkdir()
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    arguments = [str(folder / name) for name in ("my-model v1.0+é", "ids.pt", *PLACES)]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLUGIN, *arguments], env=environment, cwd=where, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_PLUGIN, *arguments],
+        env={**environment, "REPOSITORY": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    result = torch.load(tmp_path / "result.pt")
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_remote_code_without_the_plugin(place: str, without_plugin: Path) -> None:
+    model, ids = tiny_model(), tokens()
+    result = torch.load(without_plugin / place / "result.pt")
     assert result["implementation"] == "masked_sparse"
     assert result["module"].startswith("transformers_modules")
     attention_mask = torch.ones_like(ids)
