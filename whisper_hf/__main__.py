@@ -16,7 +16,7 @@ PROGRAM = "whisper-hf"
 CHECKPOINTS = {
     "convert": "turn a dense checkpoint into a sparse WhisperLM, or back",
     "quantize": "write a checkpoint with weights of 8 or 4 bits, and a report",
-    "verify": "compare the files of a checkpoint with its SHA256SUMS",
+    "verify": "compare the weights of a checkpoint with its SHA256SUMS",
 }
 DISTILLATION = {
     "cache-signals": "store a teacher's predictions for a data set, to distil students from them",

@@ -1,8 +1,8 @@
-"""Compare the files of a checkpoint with its SHA256SUMS, and check that its weights can be read.
+"""Compare the weights of a checkpoint with its SHA256SUMS, and check that they can be read.
 
-Every checkpoint that this package saves has a SHA256SUMS. The exit status is 0 if all files are as they were saved, 1
-if one is not, and 2 if there is nothing to compare. If you changed a file on purpose, write new checksums in its folder
-with `sha256sum *.safetensors* > SHA256SUMS`.
+Every checkpoint that this package saves has a SHA256SUMS, which lists the files of weights. The exit status is 0 if all
+listed files are as they were saved, 1 if one is not, and 2 if there is nothing to compare. If you changed a file on
+purpose, write new checksums in its folder with `sha256sum *.safetensors* > SHA256SUMS`.
 
 example:
   whisper-hf verify smollm2-sparse
