@@ -118,7 +118,7 @@ def test_all_kinds_of_files_are_read(book: Path, tmp_path: Path) -> None:
         (["--text_column", "body"], "--text_column must be one of text, got body"),
         (["--row_tokens", "1"], "row_tokens must be at least 2, got 1"),
         (["--max_steps", "-1"], "max_steps must say how long"),
-        (["--train_sampling_strategy", "random"], "must be 'sequential', got 'random'"),
+        (["--train_sampling_strategy", "random"], "because rows are packed one after the other, got 'random'"),
     ],
     ids=str,
 )
